@@ -1,0 +1,14 @@
+"""Trust-region policy optimisation for cooperative multi-agent RL, as a plugin of BenchMARL.
+
+Importing the package registers its algorithms with BenchMARL. With ``python -m benchmarl.run`` nothing need be
+imported: Hydra finds the package by itself.
+"""
+
+__version__ = "0.1.0"
+
+from benchmarl_trust.algorithms import ALGORITHMS, Mars, MarsConfig, Maspo, MaspoConfig
+from benchmarl_trust.registration import register
+
+register()
+
+__all__ = ["ALGORITHMS", "Mars", "MarsConfig", "Maspo", "MaspoConfig", "register"]

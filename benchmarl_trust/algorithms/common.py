@@ -1,0 +1,148 @@
+"""What all algorithms share: BenchMARL's MAPPO with a surrogate gain in place of its clip."""
+
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+from benchmarl.algorithms import Mappo
+from benchmarl.algorithms.common import AlgorithmConfig
+from benchmarl.utils import _read_yaml_config
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor
+from torchrl.objectives import LossModule, ValueEstimators
+
+import benchmarl_trust
+from benchmarl_trust import functional as F
+from benchmarl_trust.algorithms.guard import FiniteGuard
+from benchmarl_trust.losses import SurrogateLoss
+
+
+def conf_folder() -> Path:
+    """The folder of the package's yaml files: inside the package in a wheel, beside it in a checkout."""
+    package = Path(benchmarl_trust.__file__).parent
+    packaged = package / "conf"
+    return packaged if packaged.is_dir() else package.parent / "conf"
+
+
+class TrustRegion(Mappo):
+    """BenchMARL's MAPPO with :class:`~benchmarl_trust.losses.SurrogateLoss` as its loss.
+
+    Policies, critics, GAE, buffers and the training loop are MAPPO's. A subclass names its surrogate.
+
+    Args:
+        epsilon (float or tuple of two floats): radius of the trust region; a pair is (ε for A < 0, ε for A ≥ 0).
+        surrogate (str): a key of :data:`benchmarl_trust.functional.SURROGATES`.
+        normalize_advantage (str): ``none``, ``batch`` or ``per_agent``, over the whole collected batch.
+        **kwargs: those of :class:`benchmarl.algorithms.Mappo`.
+
+    Raises:
+        ValueError: on a bad setting, before anything is collected.
+    """
+
+    def __init__(
+        self,
+        epsilon: float | tuple[float, float],
+        surrogate: str,
+        normalize_advantage: str,
+        **kwargs,
+    ):
+        for value in epsilon if isinstance(epsilon, tuple) else (epsilon,):
+            F.check_surrogate(surrogate, value, key="algorithm.epsilon")
+        if normalize_advantage not in F.NORMALIZATIONS:
+            raise ValueError(
+                f"algorithm.normalize_advantage={normalize_advantage} is unknown: choose one of "
+                f"{', '.join(F.NORMALIZATIONS)}."
+            )
+        super().__init__(clip_epsilon=epsilon, **kwargs)
+        self.surrogate = surrogate
+        self.normalize_advantage = normalize_advantage
+        FiniteGuard.add_to(self.experiment)
+
+    def _get_loss(self, group: str, policy_for_loss: TensorDictModule, continuous: bool) -> tuple[LossModule, bool]:
+        loss = SurrogateLoss(
+            policy_for_loss,
+            self.get_critic(group),
+            surrogate=self.surrogate,
+            epsilon=self.clip_epsilon,
+            entropy_coeff=self.entropy_coef,
+            critic_coeff=self.critic_coef,
+            loss_critic_type=self.loss_critic_type,
+        )
+        loss.set_keys(
+            **{key: (group, key) for key in ("reward", "action", "done", "terminated", "mask")},
+            advantage=(group, "advantage"),
+            value_target=(group, "value_target"),
+            value=(group, "state_value"),
+            sample_log_prob=(group, "log_prob"),
+        )
+        loss.make_value_estimator(ValueEstimators.GAE, gamma=self.experiment_config.gamma, lmbda=self.lmbda)
+        # An ensemble calls this method on an inner algorithm and keeps the loss to itself; process_batch of the
+        # inner algorithm would then build a second, untrained critic. Keeping the loss here prevents that.
+        self._losses_and_updaters[group] = (loss, None)
+        return loss, False
+
+    def process_batch(self, group: str, batch: TensorDictBase) -> TensorDictBase:
+        """MAPPO's advantages and value targets, the advantages normalised as configured."""
+        batch = super().process_batch(group, batch)
+        advantage = F.normalize_advantage(
+            batch[group, "advantage"], self.normalize_advantage, batch.get((group, "mask"), None)
+        )
+        return batch.set((group, "advantage"), advantage)
+
+    def process_loss_vals(self, group: str, loss_vals: TensorDictBase) -> TensorDictBase:
+        """MAPPO's sum of objective and entropy. A loss that is not finite gets a gradient that is not finite either,
+        by which :class:`~benchmarl_trust.algorithms.guard.FiniteGuard` knows it and drops the step.
+        """
+        loss_vals = super().process_loss_vals(group, loss_vals)
+        for name in ("loss_objective", "loss_critic"):
+            loss_vals.set(name, _nan_gradient_unless_finite(loss_vals.get(name)))
+        return loss_vals
+
+
+def _nan_gradient_unless_finite(loss: Tensor) -> Tensor:
+    finite = loss.detach().isfinite()
+    return loss * finite.to(loss.dtype).masked_fill(~finite, float("nan"))
+
+
+@dataclass
+class TrustRegionConfig(AlgorithmConfig):
+    """MAPPO's configuration without ``clip_epsilon``, and how advantages are normalised.
+
+    Values live in the yaml files; ``get_from_yaml()`` reads the one of the algorithm.
+    """
+
+    share_param_critic: bool = MISSING
+    entropy_coef: float = MISSING
+    critic_coef: float = MISSING
+    loss_critic_type: str = MISSING
+    lmbda: float = MISSING
+    scale_mapping: str = MISSING
+    use_tanh_normal: bool = MISSING
+    minibatch_advantage: bool = MISSING
+    normalize_advantage: str = MISSING
+
+    @classmethod
+    def get_from_yaml(cls, path: str | None = None) -> "TrustRegionConfig":
+        """The configuration of ``conf/algorithm/<name>.yaml``, or of the file at ``path``."""
+        name = f"{cls.associated_class().__name__.lower()}.yaml"
+        return cls(**_read_yaml_config(str(path or conf_folder() / "algorithm" / name)))
+
+    @staticmethod
+    def supports_continuous_actions() -> bool:
+        """True."""
+        return True
+
+    @staticmethod
+    def supports_discrete_actions() -> bool:
+        """True."""
+        return True
+
+    @staticmethod
+    def on_policy() -> bool:
+        """True."""
+        return True
+
+    @staticmethod
+    def has_centralized_critic() -> bool:
+        """True: the critic sees all agents of the group, or the global state."""
+        return True

@@ -1,0 +1,112 @@
+"""Nothing that is not finite reaches a parameter."""
+
+from collections import Counter
+from functools import partial
+
+import torch
+from benchmarl.experiment import Callback, Experiment
+from tensordict import TensorDictBase
+from torch import Tensor
+
+#: So many iterations in a row with a dropped step end the run.
+PATIENCE = 3
+
+
+class FiniteGuard(Callback):
+    """Refuses data that is not finite, and drops optimizer steps whose gradient is not.
+
+    Data: an observation, reward, action, log-prob or state that is NaN or infinite in the collected batch raises a
+    ``ValueError`` before any group is trained on it. Entries of agents that ``(group, "mask")`` marks as absent are
+    not looked at.
+
+    Numerics: BenchMARL's loop steps on any gradient. A pre-step hook on every optimizer of the experiment removes a
+    gradient whose norm is not finite, so that the step changes neither parameters nor optimizer state. Dropped steps
+    are logged as ``train/{group}/skipped_steps``; ``PATIENCE`` iterations in a row with one end the run with a
+    ``RuntimeError``.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._skipped: Counter = Counter()
+        self._streak: Counter = Counter()
+
+    @classmethod
+    def add_to(cls, experiment: Experiment) -> None:
+        """Put one guard at the end of the experiment's callbacks, in a new list: the user's own stays as it is."""
+        if any(isinstance(callback, cls) for callback in experiment.callbacks):
+            return  # the algorithms of an ensemble share one
+        guard = cls()
+        guard.experiment = experiment
+        experiment.callbacks = [*experiment.callbacks, guard]
+
+    def on_setup(self) -> None:
+        """Hook every optimizer."""
+        for group, optimizers in self.experiment.optimizers.items():
+            for optimizer in optimizers.values():
+                optimizer.register_step_pre_hook(partial(self._drop_nonfinite_gradient, group))
+
+    def on_batch_collected(self, batch: TensorDictBase) -> None:
+        """Raise if the batch is not finite."""
+        checked = {
+            key: value
+            for key, value in batch.items(include_nested=True, leaves_only=True)
+            if value.is_floating_point() and "info" not in key
+        }
+        bad = {key: _nonfinite(batch, key, value) for key, value in checked.items()}
+        if not torch.stack([entries.any() for entries in bad.values()]).any():
+            return
+        report = "; ".join(
+            f"{key}: {int(entries.sum())} of {entries.numel()}, the first at index {entries.nonzero()[0].tolist()}"
+            for key, entries in sorted(bad.items(), key=lambda item: _cause_first(item[0]))
+            if entries.any()
+        )
+        raise ValueError(
+            f"The collected batch has NaN or infinite entries: {report}. No group was trained on it. Look at the "
+            "tensor named first: an environment that returns such values must clamp them or end the episode; if only "
+            "what the policy wrote is bad, lower experiment.lr. " + last_checkpoint(self.experiment)
+        )
+
+    def on_train_end(self, training_td: TensorDictBase, group: str) -> None:
+        """Log the dropped steps of this iteration; stop after too many such iterations."""
+        skipped = self._skipped.pop(group, 0)
+        self.experiment.logger.log({f"train/{group}/skipped_steps": skipped}, step=self.experiment.n_iters_performed)
+        self._streak[group] = self._streak[group] + 1 if skipped else 0
+        if self._streak[group] >= PATIENCE:
+            raise RuntimeError(
+                f"Group {group}: non-finite losses or gradients in {PATIENCE} iterations in a row ({skipped} steps "
+                "dropped in the last). The parameters are finite; lower experiment.lr or look at the scale of the "
+                "rewards. " + last_checkpoint(self.experiment)
+            )
+
+    def _drop_nonfinite_gradient(self, group: str, optimizer, args, kwargs) -> None:
+        parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        if not parameters:
+            return
+        norms = torch._foreach_norm([p.grad for p in parameters])
+        if not torch.stack(norms).isfinite().all():  # BenchMARL synchronises here too, for grad_norm
+            self._skipped[group] += 1
+            for parameter in parameters:
+                parameter.grad = None  # Adam passes over it
+
+
+def last_checkpoint(experiment: Experiment) -> str:
+    """A sentence that names the newest checkpoint to resume from."""
+    files = experiment._checkpointed_files or [experiment.config.restore_file]
+    if files[-1] is None:
+        return "There is no checkpoint: set experiment.checkpoint_interval to have some."
+    return f"The last checkpoint is {files[-1]}: resume with `python -m benchmarl.resume {files[-1]}`."
+
+
+def _nonfinite(batch: TensorDictBase, key: str | tuple, value: Tensor) -> Tensor:
+    bad = ~value.isfinite()
+    if not isinstance(key, tuple):
+        return bad
+    mask = batch.get((*key[:-1], "mask"), None)
+    return bad if mask is None else bad & mask.reshape(*mask.shape, *[1] * (bad.ndim - mask.ndim))
+
+
+def _cause_first(key: str | tuple) -> int:
+    """Environment data before what the policy made of it."""
+    name = key[-1] if isinstance(key, tuple) else key
+    causes = ["observation", "state", "reward", "action"]
+    return causes.index(name) if name in causes else len(causes)

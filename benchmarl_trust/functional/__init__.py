@@ -1,0 +1,34 @@
+"""Pure tensor functions: the mathematics, with no networks and no TensorDicts. Imports torch only."""
+
+from benchmarl_trust.functional.advantage import NORMALIZATIONS, normalize_advantage
+from benchmarl_trust.functional.ratio import (
+    check_same_shape,
+    effective_sample_size,
+    log_ratio,
+    masked_mean,
+)
+from benchmarl_trust.functional.surrogate import (
+    SURROGATES,
+    Surrogate,
+    check_surrogate,
+    clip_gain,
+    log_gain,
+    quadratic_gain,
+    reciprocal_gain,
+)
+
+__all__ = [
+    "NORMALIZATIONS",
+    "SURROGATES",
+    "Surrogate",
+    "check_same_shape",
+    "check_surrogate",
+    "clip_gain",
+    "effective_sample_size",
+    "log_gain",
+    "log_ratio",
+    "masked_mean",
+    "normalize_advantage",
+    "quadratic_gain",
+    "reciprocal_gain",
+]

@@ -1,0 +1,47 @@
+"""Advantages: who deserves what.
+
+Shapes: ``[*]`` stands for any batch dimensions, such as [B] or [B, T]; N is the number of agents.
+"""
+
+import torch
+from torch import Tensor
+
+NORMALIZATIONS = ("none", "batch", "per_agent")
+
+
+def normalize_advantage(advantage: Tensor, over: str, mask: Tensor | None = None) -> Tensor:
+    """Shift and scale advantages to mean 0 and standard deviation 1.
+
+    .. math:: A ← (A - mean(A)) / max(std(A), 1e-6)
+
+    ``batch`` takes the statistics over all samples and agents together, which keeps the agents' advantages
+    comparable; ``per_agent`` takes them for each agent alone, so that an agent with small advantages learns as
+    fast as the others. The standard deviation is the population's. Equal advantages give 0.
+
+    Source: common practice in PPO implementations; BenchMARL's issue #255 asks for the choice.
+
+    Args:
+        advantage (Tensor): [*, N, 1].
+        over (str): ``none``, ``batch`` or ``per_agent``.
+        mask (Tensor, optional): boolean, [*, N]; absent agents enter no statistic and get 0.
+
+    Returns: [*, N, 1].
+
+    Raises:
+        ValueError: if ``over`` is unknown.
+
+    Examples:
+        >>> normalize_advantage(torch.tensor([[[1.0]], [[3.0]]]), "batch").flatten()
+        tensor([-1.,  1.])
+    """
+    if over not in NORMALIZATIONS:
+        raise ValueError(f"normalize_advantage={over!r} is unknown: choose one of {', '.join(NORMALIZATIONS)}.")
+    if over == "none":
+        return advantage
+    mask = torch.ones_like(advantage, dtype=torch.bool) if mask is None else mask.unsqueeze(-1)
+    dims = tuple(range(advantage.ndim)) if over == "batch" else tuple(range(advantage.ndim - 2))
+    count = mask.sum(dims, keepdim=True).clamp(min=1)
+    mean = torch.where(mask, advantage, 0).sum(dims, keepdim=True) / count
+    centred = torch.where(mask, advantage - mean, 0)
+    std = (centred.square().sum(dims, keepdim=True) / count).sqrt()
+    return centred / std.clamp(min=1e-6)

@@ -1,0 +1,93 @@
+"""Ratios of policies and statistics over them.
+
+Shapes: ``[*]`` stands for any batch dimensions, such as [B] or [B, T]; N is the number of agents.
+``mask`` is True where an agent takes part; a padded or absent agent counts nowhere.
+"""
+
+import torch
+from torch import Tensor
+
+
+def log_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The log-ratio x = log π_θ - log π_old, 0 where an agent is absent.
+
+    Args:
+        log_prob (Tensor): log π_θ(a|o), [*, N], summed over action dimensions.
+        old_log_prob (Tensor): log π_old(a|o), the same shape.
+        mask (Tensor, optional): boolean, the same shape.
+
+    Returns: x in nats, [*, N].
+
+    Raises:
+        ValueError: if the shapes differ, which would broadcast silently.
+
+    Examples:
+        >>> log_ratio(torch.tensor([-1.0, -torch.inf]), torch.tensor([-2.0, -torch.inf]), torch.tensor([True, False]))
+        tensor([1., 0.])
+    """
+    check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob)
+    difference = log_prob - old_log_prob
+    return difference if mask is None else torch.where(mask, difference, 0)
+
+
+def masked_mean(value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean over the valid entries; 0 if there is none.
+
+    Args:
+        value (Tensor): any shape. Entries that the mask excludes may be non-finite.
+        mask (Tensor, optional): boolean, the same shape.
+
+    Returns: a scalar.
+
+    Examples:
+        >>> masked_mean(torch.tensor([1.0, torch.nan]), torch.tensor([True, False]))
+        tensor(1.)
+    """
+    if mask is None:
+        return value.mean()
+    check_same_shape(value=value, mask=mask)
+    return torch.where(mask, value, 0).sum() / mask.sum().clamp(min=1)
+
+
+def effective_sample_size(log_weight: Tensor, mask: Tensor | None = None) -> Tensor:
+    r"""The effective sample size of importance weights, as a share of the samples, per agent.
+
+    .. math:: ESS = \frac{(\sum_b w_b)^2}{n \sum_b w_b^2} \in [1/n, 1]
+
+    Source: Kish 1965; as TorchRL's PPO losses log it, but over all batch dimensions.
+
+    Args:
+        log_weight (Tensor): log w, [*, N].
+        mask (Tensor, optional): boolean, the same shape.
+
+    Returns: [N], between 1/n (one sample has all the weight) and 1 (equal weights).
+
+    Examples:
+        >>> effective_sample_size(torch.zeros(8, 3))
+        tensor([1., 1., 1.])
+    """
+    log_weight = log_weight.reshape(-1, log_weight.shape[-1])
+    count = log_weight.shape[0]
+    if mask is not None:
+        mask = mask.reshape(log_weight.shape)
+        log_weight = log_weight.masked_fill(~mask, -torch.inf)
+        count = mask.sum(0).clamp(min=1)
+    log_size = 2 * log_weight.logsumexp(0) - (2 * log_weight).logsumexp(0)
+    return log_size.exp().nan_to_num(0.0) / count
+
+
+def check_same_shape(**tensors: Tensor) -> None:
+    """Raise if the named tensors differ in shape.
+
+    Raises:
+        ValueError: with every name and shape.
+
+    Examples:
+        >>> check_same_shape(a=torch.zeros(3), b=torch.ones(3))
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(
+            f"Shapes differ: {shapes}. Broadcasting them would mix samples of different agents; give all of them "
+            "the same shape (the usual slip is a missing or an extra trailing dimension of 1)."
+        )

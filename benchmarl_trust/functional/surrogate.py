@@ -1,0 +1,214 @@
+"""Surrogate gains: what one sample contributes to the policy objective.
+
+Every objective of this package is ``weight * gain(log_ratio, advantage)``, averaged. A gain is a pure
+elementwise function; it knows nothing of networks, batches or agents.
+
+Shapes: ``log_ratio`` and ``advantage`` have the same shape, any shape. Units: ``log_ratio`` is
+``log π_θ(a|o) - log π_old(a|o)`` in nats, summed over action dimensions; ``advantage`` is in units of return.
+``epsilon`` is the radius of the trust region: a float, or a tensor that broadcasts against ``advantage``.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+#: From this |log-ratio| on, where its exponentials would overflow, a gain goes on linearly: exp(10) = 22026 is
+#: far outside any trust region, while the square of a ratio leaves float32 at a log-ratio of 44.
+LINEAR_BEYOND = 10.0
+
+
+def clip_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tensor) -> Tensor:
+    r"""The clipped gain of PPO.
+
+    .. math:: L = \min(r A,\ \mathrm{clip}(r, 1-ε, 1+ε) A), \qquad r = e^x
+
+    Source: Schulman et al. 2017, arXiv 1707.06347, eq. 7 (the authors' formula).
+
+    Args:
+        log_ratio (Tensor): x, any shape.
+        advantage (Tensor): A, the same shape.
+        epsilon (float or Tensor): ε in (0, 1).
+
+    Returns: the gain, to be maximised, in the shape of ``log_ratio``.
+
+    Examples:
+        >>> clip_gain(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 2.0]), 0.2)
+        tensor([2.0000, 2.4000])
+    """
+    high, low = _log1p(epsilon), _log1p(-epsilon)
+
+    # The minimum is r A capped on the side towards which A pushes the ratio.
+    def value(x: Tensor) -> Tensor:
+        return torch.where(advantage >= 0, x.clamp(max=high), x.clamp(min=low)).exp() * advantage
+
+    def slope(x: Tensor) -> Tensor:
+        return torch.where(torch.where(advantage >= 0, x > high, x < low), 0, x.exp() * advantage)
+
+    return _linear_beyond(value, slope, log_ratio, low=-math.inf)
+
+
+def quadratic_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tensor) -> Tensor:
+    r"""MASPO: the clip replaced by a quadratic penalty on the ratio.
+
+    .. math:: L = r A - \frac{|A|}{2ε} (r - 1)^2, \qquad r = e^x
+
+    Its maximum over r lies at 1 + ε for A > 0 and at 1 - ε for A < 0. At r = 0 the penalty is finite and its
+    pull on the log-ratio vanishes, which is what MARS mends.
+
+    Source: the formula is SPO's (Xie et al., arXiv 2401.16025, the authors'). Its use with the per-agent
+    ratio and the joint advantage is reconstructed from the abstract of arXiv 2605.09212.
+
+    Args:
+        log_ratio (Tensor): x, any shape.
+        advantage (Tensor): A, the same shape.
+        epsilon (float or Tensor): ε in (0, 1).
+
+    Returns: the gain, to be maximised, in the shape of ``log_ratio``.
+
+    Examples:
+        >>> quadratic_gain(torch.tensor([1.0, 1.2]).log(), torch.ones(2), 0.2)
+        tensor([1.0000, 1.1000])
+    """
+    strength = advantage.abs() / (2 * epsilon)
+
+    def value(x: Tensor) -> Tensor:
+        return x.exp() * advantage - strength * x.expm1().square()
+
+    def slope(x: Tensor) -> Tensor:
+        return x.exp() * (advantage - 2 * strength * x.expm1())
+
+    return _linear_beyond(value, slope, log_ratio, low=-math.inf)
+
+
+def reciprocal_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tensor) -> Tensor:
+    r"""MARS: a penalty that is symmetric under r → 1/r and unbounded at r = 0.
+
+    .. math:: L = r A - \frac{|A|}{2ε} \left(r + \frac1r - 2\right)
+                = r A - \frac{2|A|}{ε} \sinh^2\frac x2, \qquad r = e^x
+
+    Derivation. The abstract of arXiv 2605.09212 asks for a penalty f with f(r) = f(1/r), f → ∞ as r → 0, and
+    a corrective gradient that outliers keep. r + 1/r - 2 is the simplest rational function with f(1) = f'(1) = 0
+    that does; f''(1) = 2 equals that of (r - 1)², so c = 1/(2ε) is the same stiffness at r = 1 as in MASPO.
+    Setting ∂L/∂r = A - |A|/(2ε) (1 - 1/r²) to zero puts the maximum at 1/√(1 - 2ε) for A > 0 and at
+    1/√(1 + 2ε) for A < 0; the first exists only for ε < 1/2.
+
+    Source: reconstructed from the abstract; the body of the paper was not available.
+
+    Args:
+        log_ratio (Tensor): x, any shape.
+        advantage (Tensor): A, the same shape.
+        epsilon (float or Tensor): ε in (0, 0.5).
+
+    Returns: the gain, to be maximised, in the shape of ``log_ratio``.
+
+    Examples:
+        >>> x = torch.tensor([-7.0, 0.0, 7.0], requires_grad=True)
+        >>> reciprocal_gain(x, -torch.ones(3), 0.2).sum().backward()
+        >>> (x.grad > 0).tolist()  # a collapsed ratio is pulled back up, although A < 0
+        [True, False, False]
+    """
+    strength = advantage.abs() / (2 * epsilon)
+
+    def value(x: Tensor) -> Tensor:  # 4 sinh²(x/2) = r + 1/r - 2 without its cancellation near r = 1
+        return x.exp() * advantage - strength * 4 * (x / 2).sinh().square()
+
+    def slope(x: Tensor) -> Tensor:
+        return x.exp() * advantage - strength * 2 * x.sinh()
+
+    return _linear_beyond(value, slope, log_ratio, low=-LINEAR_BEYOND)
+
+
+def log_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tensor) -> Tensor:
+    r"""The quadratic in the log-ratio, an ablation of MARS.
+
+    .. math:: L = A x - \frac{|A|}{2ε} x^2
+
+    It replaces the ratio by its logarithm in both terms, so it is symmetric and unbounded at both ends; its
+    maximum lies at x = ±ε. It is no importance-weighted objective: only its gradient at r = 1 is that of r A.
+
+    Source: reconstructed, as an ablation.
+
+    Args:
+        log_ratio (Tensor): x, any shape.
+        advantage (Tensor): A, the same shape.
+        epsilon (float or Tensor): ε > 0.
+
+    Returns: the gain, to be maximised, in the shape of ``log_ratio``.
+
+    Examples:
+        >>> log_gain(torch.tensor([0.2]), torch.tensor([1.0]), 0.2)
+        tensor([0.1000])
+    """
+    return advantage * log_ratio - advantage.abs() / (2 * epsilon) * log_ratio.square()
+
+
+class Surrogate(NamedTuple):
+    """A gain with the trust region that its maxima draw."""
+
+    gain: Callable[[Tensor, Tensor, float | Tensor], Tensor]
+    """The gain as a function of (log_ratio, advantage, epsilon)."""
+    log_bounds: Callable[[float, float], tuple[float, float]]
+    """The log-ratios of its maxima for A < 0 and A > 0, from (epsilon at A < 0, epsilon at A > 0)."""
+    epsilon_limit: float
+    """The smallest ε for which these maxima are lost: ε must be smaller."""
+
+
+def _interval_bounds(low: float, high: float) -> tuple[float, float]:
+    return math.log1p(-low) if low < 1 else -math.inf, math.log1p(high)
+
+
+SURROGATES: dict[str, Surrogate] = {
+    "clip": Surrogate(clip_gain, _interval_bounds, 1.0),
+    "quadratic": Surrogate(quadratic_gain, _interval_bounds, 1.0),
+    "reciprocal": Surrogate(
+        reciprocal_gain,
+        lambda low, high: (-math.log1p(2 * low) / 2, -math.log1p(-2 * high) / 2),
+        0.5,
+    ),
+    "log": Surrogate(log_gain, lambda low, high: (-low, high), math.inf),
+}
+
+
+def check_surrogate(name: str, epsilon: float, key: str = "epsilon") -> None:
+    """Refuse an unknown surrogate, or an ε for which its trust region does not exist.
+
+    Args:
+        name (str): a key of :data:`SURROGATES`.
+        epsilon (float): ε, the radius of the trust region.
+        key (str): what the error calls ε.
+
+    Raises:
+        ValueError: naming the key, the reason and a value that works.
+
+    Examples:
+        >>> check_surrogate("reciprocal", 0.2)
+    """
+    if name not in SURROGATES:
+        raise ValueError(f"Unknown surrogate {name!r}: choose one of {', '.join(SURROGATES)}.")
+    limit = SURROGATES[name].epsilon_limit
+    if not 0 < epsilon < limit:
+        raise ValueError(
+            f"{key}={epsilon}: the {name} surrogate needs 0 < {key} < {limit}, where its optimal ratio "
+            f"exists. The usual value is {key}=0.2."
+        )
+
+
+def _linear_beyond(
+    value: Callable[[Tensor], Tensor],
+    slope: Callable[[Tensor], Tensor],
+    log_ratio: Tensor,
+    low: float,
+) -> Tensor:
+    """Continue a gain below ``low`` and above LINEAR_BEYOND with the value and the slope it has there.
+
+    Clamping the log-ratio alone would drop the gradient of just those samples that must be pulled back.
+    """
+    inner = log_ratio.clamp(low, LINEAR_BEYOND)
+    return value(inner) + slope(inner.detach()) * (log_ratio - inner)
+
+
+def _log1p(x: float | Tensor) -> float | Tensor:
+    return x.log1p() if isinstance(x, Tensor) else math.log1p(x)

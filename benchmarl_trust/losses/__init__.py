@@ -1,0 +1,5 @@
+"""TorchRL loss modules: they read TensorDict keys and call :mod:`benchmarl_trust.functional`."""
+
+from benchmarl_trust.losses.surrogate import SurrogateLoss
+
+__all__ = ["SurrogateLoss"]

@@ -1,0 +1,199 @@
+"""One loss module for every objective of the form weight x gain."""
+
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict, TensorDictBase, TensorDictParams
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
+from tensordict.utils import NestedKey
+from torch import Tensor
+from torchrl.objectives import PPOLoss
+
+from benchmarl_trust import functional as F
+
+
+class SurrogateLoss(PPOLoss):
+    r"""The policy loss of a surrogate gain, with TorchRL's PPO critic loss beside it.
+
+    .. math::
+        L_{objective} = -\operatorname{mean}_{b,i}\, w_b\, \mathrm{gain}(x_{b,i}, A_{b,i}), \qquad
+        x = \log π_θ(a|o) - \log π_{old}(a|o)
+
+    With ``surrogate="clip"`` this is :class:`torchrl.objectives.ClipPPOLoss`; with ``"quadratic"`` it is MASPO,
+    with ``"reciprocal"`` MARS (see :mod:`benchmarl_trust.functional.surrogate` for the formulas and for which of
+    them are reconstructed). Everything else is inherited: advantages by ``make_value_estimator``, critic loss,
+    entropy, ``set_keys``, functional parameters.
+
+    Shapes, with [*] the batch of the tensordict and N the agents of the group: ``sample_log_prob`` [*, N],
+    ``advantage`` and ``value_target`` [*, N, 1], ``mask`` [*, N]. Without an agent dimension drop the N.
+
+    Args:
+        actor_network (ProbabilisticTensorDictSequential): the policy; all agents of a group at once.
+        critic_network (TensorDictModule, optional): the value network. Without it only the policy is trained.
+        surrogate (str): ``clip``, ``quadratic``, ``reciprocal`` or ``log``.
+        epsilon (float or tuple of two floats): the radius of the trust region; a pair gives the radii for A < 0 and
+            for A ≥ 0.
+        **kwargs: passed to :class:`torchrl.objectives.PPOLoss` (``entropy_coeff``, ``critic_coeff``,
+            ``loss_critic_type``, ``reduction``, ...).
+
+    Keys (``set_keys``): those of PPOLoss and ``mask``, True where an agent takes part. The mask is optional; absent
+    agents have ratio 1 and are left out of every mean.
+
+    Returns, from ``forward``: ``loss_objective``, ``loss_entropy``, ``loss_critic`` to minimise; ``kl_approx``
+    (nats), ``clip_fraction`` (share of ratios outside 1 ± ε, as PPO logs it), ``outside_fraction`` (share beyond the
+    optima of this surrogate, its own trust region), ``ratio_min``, ``ratio_max``, ``ESS`` (share of the samples),
+    ``entropy`` (nats), ``explained_variance`` to log.
+
+    Raises:
+        ValueError: unknown surrogate or bad ε at construction; on a batch, log-probs and advantages that do not
+            have one entry per agent each.
+        KeyError: from ``forward``, if the batch lacks a log-prob or a value target.
+
+    Examples:
+        >>> from tensordict.nn import TensorDictModule as Mod, ProbabilisticTensorDictSequential as Seq
+        >>> from tensordict.nn import ProbabilisticTensorDictModule as Prob
+        >>> net = Mod(torch.nn.Linear(4, 3), in_keys=["obs"], out_keys=["logits"])
+        >>> sample = Prob(["logits"], ["action"], distribution_class=torch.distributions.Categorical,
+        ...               return_log_prob=True, log_prob_key="log_prob")
+        >>> policy = Seq(net, sample)
+        >>> loss = SurrogateLoss(policy, Mod(torch.nn.Linear(4, 1), ["obs"], ["state_value"]),
+        ...                      surrogate="reciprocal", epsilon=0.2)
+        >>> batch = policy(TensorDict(obs=torch.randn(8, 2, 4), batch_size=8)).detach()
+        >>> batch["advantage"] = batch["value_target"] = torch.ones(8, 2, 1)
+        >>> round(loss(batch)["loss_objective"].item(), 4)  # all ratios are 1, all advantages are 1
+        -1.0
+    """
+
+    @dataclass
+    class _AcceptedKeys(PPOLoss._AcceptedKeys):
+        """PPO's keys and ``mask``, True where an agent takes part."""
+
+        mask: NestedKey = "mask"
+
+    default_keys = _AcceptedKeys
+    tensor_keys: _AcceptedKeys
+
+    # LossModule wants the names it sets declared in this very class.
+    actor_network: ProbabilisticTensorDictSequential
+    critic_network: TensorDictModule | None
+    actor_network_params: TensorDictParams
+    critic_network_params: TensorDictParams | None
+    target_actor_network_params: TensorDictParams
+    target_critic_network_params: TensorDictParams | None
+
+    def __init__(
+        self,
+        actor_network: ProbabilisticTensorDictSequential,
+        critic_network: TensorDictModule | None = None,
+        *,
+        surrogate: str,
+        epsilon: float | tuple[float, float] = 0.2,
+        **kwargs,
+    ):
+        low, high = epsilon if isinstance(epsilon, tuple) else (epsilon, epsilon)
+        F.check_surrogate(surrogate, low)
+        F.check_surrogate(surrogate, high)
+        if kwargs.get("normalize_advantage"):
+            raise ValueError(
+                "normalize_advantage normalises each minibatch apart in TorchRL, which this loss does not do: "
+                "normalise the whole batch once with benchmarl_trust.functional.normalize_advantage."
+            )
+        super().__init__(actor_network, critic_network, **kwargs)
+        self.surrogate = surrogate
+        self.epsilon = (low, high)
+
+    @property
+    def out_keys(self):
+        """The keys of the tensordict that ``forward`` returns."""
+        if self._out_keys is None:
+            keys = ["loss_objective", "kl_approx", "clip_fraction", "outside_fraction"]
+            keys += ["ratio_min", "ratio_max", "ESS"]
+            if self.entropy_bonus:
+                keys += ["entropy", "loss_entropy"]
+            if self._has_critic:
+                keys += ["loss_critic"]
+            self._out_keys = keys
+        return self._out_keys
+
+    @out_keys.setter
+    def out_keys(self, values):
+        self._out_keys = values
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDict:
+        """Both losses: :meth:`actor_loss` and, where there is a critic, :meth:`critic_loss`."""
+        tensordict = tensordict.clone(False)
+        if tensordict.get(self.tensor_keys.advantage, None) is None:
+            self.value_estimator(
+                tensordict,
+                params=self._cached_critic_network_params_detached,
+                target_params=self.target_critic_network_params,
+            )
+        out = self.actor_loss(tensordict)
+        return out.update(self.critic_loss(tensordict)) if self._has_critic else out
+
+    def actor_loss(self, tensordict: TensorDictBase) -> TensorDict:
+        """The objective and the entropy bonus, and what is logged of them. Its gradient is the policy's alone."""
+        advantage = tensordict.get(self.tensor_keys.advantage)
+        mask = tensordict.get(self.tensor_keys.mask, None)
+        log_ratio, dist, _ = self._log_weight(tensordict, adv_shape=advantage.shape[:-1])
+        self._check_shapes(log_ratio, advantage)
+        log_ratio = log_ratio if mask is None else torch.where(mask.unsqueeze(-1), log_ratio, 0)
+        gain = F.SURROGATES[self.surrogate].gain(log_ratio, advantage, self._epsilon(advantage))
+
+        out = TensorDict({"loss_objective": self._reduce(-gain, mask)})
+        out.update(self._ratio_statistics(log_ratio.detach().squeeze(-1), mask))
+        if self.entropy_bonus:
+            entropy = self._get_entropy(dist, adv_shape=advantage.shape[:-1])
+            out["entropy"] = F.masked_mean(entropy.detach().squeeze(-1), mask)
+            out["loss_entropy"] = self._reduce(self._weighted_loss_entropy(entropy), mask)
+        return out
+
+    def critic_loss(self, tensordict: TensorDictBase) -> TensorDict:
+        """The value loss as TorchRL's PPO computes it. Its gradient is the critic's alone."""
+        loss, clip_fraction, explained_variance = self.loss_critic(tensordict)
+        out = TensorDict({"loss_critic": self._reduce(loss, tensordict.get(self.tensor_keys.mask, None))})
+        if clip_fraction is not None:
+            out["value_clip_fraction"] = clip_fraction
+        if explained_variance is not None:
+            out["explained_variance"] = explained_variance
+        return out
+
+    def _epsilon(self, advantage: Tensor) -> float | Tensor:
+        low, high = self.epsilon
+        return high if low == high else torch.where(advantage >= 0, high, low)
+
+    def _check_shapes(self, log_ratio: Tensor, advantage: Tensor) -> None:
+        if log_ratio.shape != advantage.shape:
+            raise ValueError(
+                f"The log-prob of key {self.tensor_keys.sample_log_prob!r} gives ratios of shape "
+                f"{tuple(log_ratio.shape)}, the advantage of key {self.tensor_keys.advantage!r} has shape "
+                f"{tuple(advantage.shape)}: they would broadcast and mix agents. The log-prob must be summed over "
+                "action dimensions, [*, N], and the advantage [*, N, 1]."
+            )
+
+    def _reduce(self, value: Tensor, mask: Tensor | None) -> Tensor:
+        value = value.squeeze(-1)
+        if self.reduction == "mean":
+            return F.masked_mean(value, mask)
+        value = value if mask is None else torch.where(mask, value, 0)
+        return value.sum() if self.reduction == "sum" else value
+
+    @torch.no_grad()
+    def _ratio_statistics(self, log_ratio: Tensor, mask: Tensor | None) -> TensorDict:
+        low, high = F.SURROGATES[self.surrogate].log_bounds(*self.epsilon)
+        clip_low, clip_high = F.SURROGATES["clip"].log_bounds(*self.epsilon)
+        dtype = log_ratio.dtype
+
+        def share(outside: Tensor) -> Tensor:
+            return F.masked_mean(outside.to(dtype), mask)
+
+        return TensorDict(
+            {
+                "kl_approx": F.masked_mean(-log_ratio, mask),
+                "clip_fraction": share((log_ratio < clip_low) | (log_ratio > clip_high)),
+                "outside_fraction": share((log_ratio < low) | (log_ratio > high)),
+                "ratio_min": log_ratio.min().exp(),
+                "ratio_max": log_ratio.max().exp(),
+                "ESS": F.effective_sample_size(log_ratio, mask).mean(),
+            }
+        )
