@@ -75,10 +75,12 @@ def quadratic_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tensor
     strength = advantage.abs() / (2 * epsilon)
 
     def value(x: Tensor) -> Tensor:
-        return x.exp() * advantage - strength * x.expm1().square()
+        ratio = x.exp()
+        return ratio * advantage - strength * (ratio - 1).square()
 
     def slope(x: Tensor) -> Tensor:
-        return x.exp() * (advantage - 2 * strength * x.expm1())
+        ratio = x.exp()
+        return ratio * (advantage - 2 * strength * (ratio - 1))
 
     return _linear_beyond(value, slope, log_ratio, low=-math.inf)
 
