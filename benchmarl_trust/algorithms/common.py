@@ -46,8 +46,9 @@ class TrustRegion(Mappo):
         normalize_advantage: str,
         **kwargs,
     ):
-        for value in epsilon if isinstance(epsilon, tuple) else (epsilon,):
-            F.check_surrogate(surrogate, value, key="algorithm.epsilon")
+        low, high = epsilon if isinstance(epsilon, tuple) else (epsilon, epsilon)
+        F.check_surrogate(surrogate, high, key="algorithm.epsilon")
+        F.check_surrogate(surrogate, low, key="algorithm.epsilon_negative")
         if normalize_advantage not in F.NORMALIZATIONS:
             raise ValueError(
                 f"algorithm.normalize_advantage={normalize_advantage} is unknown: choose one of "

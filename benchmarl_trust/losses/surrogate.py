@@ -135,8 +135,9 @@ class SurrogateLoss(PPOLoss):
         """The objective and the entropy bonus, and what is logged of them. Its gradient is the policy's alone."""
         advantage = tensordict.get(self.tensor_keys.advantage)
         mask = tensordict.get(self.tensor_keys.mask, None)
+        self._check_shape(tensordict.get(self.tensor_keys.sample_log_prob, None), advantage)
         log_ratio, dist, _ = self._log_weight(tensordict, adv_shape=advantage.shape[:-1])
-        self._check_shapes(log_ratio, advantage)
+        self._check_shape(log_ratio.squeeze(-1), advantage)
         log_ratio = log_ratio if mask is None else torch.where(mask.unsqueeze(-1), log_ratio, 0)
         gain = F.SURROGATES[self.surrogate].gain(log_ratio, advantage, self._epsilon(advantage))
 
@@ -162,13 +163,18 @@ class SurrogateLoss(PPOLoss):
         low, high = self.epsilon
         return high if low == high else torch.where(advantage >= 0, high, low)
 
-    def _check_shapes(self, log_ratio: Tensor, advantage: Tensor) -> None:
-        if log_ratio.shape != advantage.shape:
+    def _check_shape(self, log_prob: Tensor | None, advantage: Tensor) -> None:
+        if log_prob is None:
+            raise KeyError(
+                f"The batch has no {self.tensor_keys.sample_log_prob!r}, the log-prob of the policy that collected "
+                "it, without which there is no ratio: collect with return_log_prob=True."
+            )
+        if (*log_prob.shape, 1) != advantage.shape:
             raise ValueError(
-                f"The log-prob of key {self.tensor_keys.sample_log_prob!r} gives ratios of shape "
-                f"{tuple(log_ratio.shape)}, the advantage of key {self.tensor_keys.advantage!r} has shape "
-                f"{tuple(advantage.shape)}: they would broadcast and mix agents. The log-prob must be summed over "
-                "action dimensions, [*, N], and the advantage [*, N, 1]."
+                f"The log-prob of key {self.tensor_keys.sample_log_prob!r} has shape {tuple(log_prob.shape)}, the "
+                f"advantage of key {self.tensor_keys.advantage!r} has shape {tuple(advantage.shape)}: they would "
+                "broadcast and mix agents. The log-prob must be summed over action dimensions, [*, N], and the "
+                "advantage be [*, N, 1]."
             )
 
     def _reduce(self, value: Tensor, mask: Tensor | None) -> Tensor:

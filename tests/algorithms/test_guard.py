@@ -1,0 +1,161 @@
+"""What is not finite: data is refused before any group trains, a bad step changes nothing."""
+
+import json
+
+import pytest
+import torch
+from benchmarl.environments import VmasTask
+from benchmarl.experiment import Callback
+from cases import CASES
+from conftest import policy_parameters, scalars
+from environments import StandInTask
+
+from benchmarl_trust import MarsConfig
+
+all_cases = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
+
+
+class Spoil(Callback):
+    """Puts a value into one entry of the batch that is collected in one iteration; the user's, so it comes first."""
+
+    def __init__(self, key, value, iteration=1):
+        super().__init__()
+        self.key, self.value, self.iteration = key, value, iteration
+
+    def on_batch_collected(self, batch):
+        if self.experiment.n_iters_performed == self.iteration:
+            batch.get(self.key)[1, 2] = self.value
+            self.before = everything(self.experiment)
+
+
+def everything(experiment):
+    """Parameters and optimizer states of all groups."""
+    state = {f"loss/{g}/{n}": p for g, loss in experiment.losses.items() for n, p in loss.named_parameters()}
+    for group, optimizers in experiment.optimizers.items():
+        for name, optimizer in optimizers.items():
+            for i, moments in optimizer.state_dict()["state"].items():
+                state |= {f"{group}/{name}/{i}/{k}": v for k, v in moments.items()}
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@all_cases
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("entry", ["observation", "reward", "action", "log_prob"])
+def test_bad_data_is_refused_before_any_group_trains(case, entry, value, make_experiment):
+    task = VmasTask.SIMPLE_TAG.get_from_yaml()
+    task.config.update(max_steps=5)
+    last = "agent"  # trained second; the first group must not be trained either
+    key = ("next", last, entry) if entry == "reward" else (last, entry)
+    spoil = Spoil(key, value)
+    experiment = make_experiment(
+        case.config(), task=task, callbacks=[spoil], checkpoint_interval=40, loggers=["csv"], create_json=True
+    )
+    with pytest.raises(ValueError, match="NaN or infinite") as error:
+        experiment.run()
+    assert str(key) in str(error.value)
+    assert "[1, 2" in str(error.value)
+    assert "checkpoint_40.pt" in str(error.value)
+    assert_equal(everything(experiment), spoil.before)
+    # What was logged and saved before stays whole.
+    assert len(scalars(experiment)[f"train_{last}_loss_critic"]) == 1
+    assert torch.load(experiment.folder_name / "checkpoints" / "checkpoint_40.pt")
+    assert json.loads((experiment.folder_name / f"{experiment.name}.json").read_text())["vmas"]["simple_tag"]
+
+
+class SpoilAbsent(Callback):
+    def on_batch_collected(self, batch):
+        absent = ~batch["agents", "mask"]
+        assert absent.any()
+        batch["agents", "log_prob"][absent] = -torch.inf
+        self.seen = True
+
+
+def test_what_absent_agents_carry_is_not_looked_at(run):
+    spoil = SpoilAbsent()
+    experiment = run(MarsConfig.get_from_yaml(), task=StandInTask(absent=True), callbacks=[spoil])
+    assert spoil.seen
+    assert scalars(experiment)["train_agents_skipped_steps"] == [0, 0]
+    assert all(p.isfinite().all() for p in policy_parameters(experiment).values())
+
+
+def break_loss(experiment, group, name, iterations):
+    """Make a loss of one group non-finite in its first step of the given iterations."""
+    algorithm, original = experiment.algorithm, experiment.algorithm.process_loss_vals
+    done = set()
+
+    def process_loss_vals(which, loss_vals):
+        loss_vals = original(which, loss_vals)
+        now = experiment.n_iters_performed
+        if which == group and now in iterations and now not in done:
+            done.add(now)
+            loss_vals[name] = loss_vals[name] * float("nan")
+        return loss_vals
+
+    algorithm.process_loss_vals = process_loss_vals
+
+
+@all_cases
+@pytest.mark.parametrize("name", ["loss_objective", "loss_critic"])
+def test_a_bad_step_changes_nothing_and_is_counted(case, name, make_experiment):
+    experiment = make_experiment(case.config(), on_policy_n_minibatch_iters=1, on_policy_minibatch_size=40)
+    states = []
+
+    class Record(Callback):
+        def on_train_end(self, training_td, group):
+            states.append(everything(self.experiment))
+
+    record = Record()
+    record.experiment = experiment
+    experiment.callbacks = [*experiment.callbacks, record]
+    break_loss(experiment, "agents", name, {1})
+    experiment.run()
+    part, other = ("actor", "critic") if name == "loss_objective" else ("critic", "actor")
+
+    def of(state, which):
+        names = {"actor": "loss_objective", "critic": "loss_critic"}
+        return {k: v for k, v in state.items() if f"{which}_network" in k or names[which] in k}
+
+    assert_equal(of(states[0], part), of(states[1], part))
+    assert any(not torch.equal(of(states[0], other)[k], v) for k, v in of(states[1], other).items())
+    assert scalars(experiment)["train_agents_skipped_steps"] == [0, 1]
+
+
+def test_a_loss_that_is_infinite_with_a_finite_gradient_is_dropped_too(make_experiment):
+    algorithm = make_experiment(MarsConfig.get_from_yaml()).algorithm
+    from tensordict import TensorDict
+
+    weight = torch.ones(1, requires_grad=True)
+    vals = TensorDict(loss_objective=weight.sum() + torch.inf, loss_entropy=torch.tensor(0.0), loss_critic=weight.sum())
+    out = algorithm.process_loss_vals("agents", vals)
+    assert torch.autograd.grad(out["loss_objective"], weight, retain_graph=True)[0].isnan().all()
+    assert torch.autograd.grad(out["loss_critic"], weight)[0] == 1
+
+
+def test_three_bad_iterations_in_a_row_end_the_run(make_experiment):
+    experiment = make_experiment(MarsConfig.get_from_yaml(), max_n_iters=9, checkpoint_interval=40)
+    break_loss(experiment, "agents", "loss_critic", {1, 2, 4, 5, 6})
+    with pytest.raises(RuntimeError, match="3 iterations in a row") as error:
+        experiment.run()
+    assert experiment.n_iters_performed == 6
+    assert "checkpoint_240.pt" in str(error.value)
+    assert scalars(experiment)["train_agents_skipped_steps"] == [0, 1, 1, 0, 1, 1, 1]
+
+
+def test_one_guard_at_the_end_and_the_list_of_the_user_untouched(make_experiment):
+    from benchmarl.algorithms import EnsembleAlgorithmConfig
+
+    from benchmarl_trust.algorithms.guard import FiniteGuard
+
+    task = VmasTask.SIMPLE_TAG.get_from_yaml()
+    mine = [Callback()]
+    config = MarsConfig.get_from_yaml()
+    experiment = make_experiment(
+        EnsembleAlgorithmConfig({"adversary": config, "agent": config}), task=task, callbacks=mine
+    )
+    assert len(mine) == 1
+    assert [type(callback) for callback in experiment.callbacks] == [Callback, FiniteGuard]

@@ -1,0 +1,87 @@
+import pytest
+import torch
+from benchmarl.experiment import Experiment, ExperimentConfig
+from benchmarl.models import MlpConfig
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _two_threads():
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture
+def experiment_config(tmp_path) -> ExperimentConfig:
+    """Two iterations of 40 frames, one evaluation; everything is written to a temporary folder."""
+    config = ExperimentConfig.get_from_yaml()
+    config.save_folder = str(tmp_path)
+    config.max_n_iters, config.max_n_frames = 2, None
+    config.on_policy_collected_frames_per_batch = config.off_policy_collected_frames_per_batch = 40
+    config.on_policy_n_envs_per_worker = config.off_policy_n_envs_per_worker = 4
+    config.on_policy_n_minibatch_iters, config.on_policy_minibatch_size = 2, 20
+    config.evaluation, config.evaluation_interval, config.evaluation_episodes = True, 40, 2
+    config.share_policy_params = False
+    config.render = False
+    config.loggers = ["csv"]
+    config.lr = 1e-3
+    return config
+
+
+@pytest.fixture
+def mlp_config() -> MlpConfig:
+    return MlpConfig(num_cells=[8], activation_class=torch.nn.Tanh, layer_class=torch.nn.Linear)
+
+
+@pytest.fixture
+def make_experiment(experiment_config, mlp_config):
+    """A function that builds an Experiment, by default MLP on VMAS balance of 5 steps with three agents."""
+    from benchmarl.environments import VmasTask
+
+    def make(algorithm, task=None, model=None, critic=None, seed=0, callbacks=None, **settings) -> Experiment:
+        for key, value in settings.items():
+            assert hasattr(experiment_config, key), key
+            setattr(experiment_config, key, value)
+        if task is None:
+            task = VmasTask.BALANCE.get_from_yaml()
+            task.config.update(max_steps=5, n_agents=3)
+        return Experiment(
+            task=task,
+            algorithm_config=algorithm,
+            model_config=model or mlp_config,
+            critic_model_config=critic,
+            seed=seed,
+            config=experiment_config,
+            callbacks=callbacks,
+        )
+
+    return make
+
+
+@pytest.fixture
+def run(make_experiment):
+    """A function that runs an Experiment as users do and returns it."""
+
+    def run(*args, **kwargs) -> Experiment:
+        experiment = make_experiment(*args, **kwargs)
+        experiment.run()
+        return experiment
+
+    return run
+
+
+def policy_parameters(experiment) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in experiment.policy.named_parameters()}
+
+
+def scalars(experiment) -> dict[str, list[float]]:
+    """What the csv logger wrote: name -> values by iteration."""
+    folder = experiment.folder_name / experiment.name / "scalars"
+    return {
+        file.stem: [float(line.split(",")[1]) for line in file.read_text().splitlines()]
+        for file in folder.glob("*.csv")
+    }

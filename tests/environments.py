@@ -1,0 +1,129 @@
+"""Small TorchRL environments with the specs of tasks whose engines are not at hand."""
+
+import torch
+from benchmarl.environments import TaskClass
+from tensordict import TensorDict
+from torchrl.data import Binary, Categorical, Composite, Unbounded
+from torchrl.envs import EnvBase, Transform
+
+N_ACTIONS = 4
+
+
+class StandIn(EnvBase):
+    """Agents that get reward 1 for the action whose number their observation shows; not vectorised.
+
+    ``mask``: some actions are forbidden, as in SMAC. ``rgb``: observations are uint8 images, as in MeltingPot.
+    ``state``: a global state beside the observations. ``absent``: the last agent is marked absent from step 2 on.
+    """
+
+    def __init__(self, n_agents=3, max_steps=5, mask=False, rgb=False, state=False, absent=False, seed=0):
+        super().__init__(device="cpu", batch_size=[])
+        self.n_agents, self.max_steps = n_agents, max_steps
+        self.mask, self.rgb, self.state, self.absent = mask, rgb, state, absent
+        self._set_seed(seed)
+        observation = Unbounded((n_agents, 8, 8, 3), dtype=torch.uint8) if rgb else Unbounded((n_agents, N_ACTIONS))
+        agents = Composite(observation=observation, shape=(n_agents,))
+        if mask:
+            agents["action_mask"] = Binary(N_ACTIONS, (n_agents, N_ACTIONS), dtype=torch.bool)
+        if absent:
+            agents["mask"] = Binary(n_agents, (n_agents,), dtype=torch.bool)
+        self.observation_spec = Composite(agents=agents)
+        if state:
+            self.observation_spec["state"] = Unbounded((n_agents * N_ACTIONS,))
+        self.action_spec = Composite(agents=Composite(action=Categorical(N_ACTIONS, (n_agents,)), shape=(n_agents,)))
+        self.reward_spec = Composite(agents=Composite(reward=Unbounded((n_agents, 1)), shape=(n_agents,)))
+        self.done_spec = Composite(done=Binary(1, (1,), dtype=torch.bool), terminated=Binary(1, (1,), dtype=torch.bool))
+
+    def _set_seed(self, seed):
+        self.generator = torch.Generator().manual_seed(seed or 0)
+
+    def _observe(self) -> TensorDict:
+        self.goal = torch.randint(N_ACTIONS, (self.n_agents,), generator=self.generator)
+        hot = torch.nn.functional.one_hot(self.goal, N_ACTIONS).float()
+        agents = {"observation": hot}
+        if self.rgb:
+            agents["observation"] = (self.goal * 60).view(-1, 1, 1, 1).expand(-1, 8, 8, 3).to(torch.uint8)
+        if self.mask:
+            agents["action_mask"] = (torch.rand(hot.shape, generator=self.generator) < 0.5) | hot.bool()
+        if self.absent:
+            agents["mask"] = torch.arange(self.n_agents) < self.n_agents - (self.step_count >= 2)
+        out = TensorDict(agents=TensorDict(agents, batch_size=self.n_agents))
+        if self.state:
+            out["state"] = hot.flatten()
+        return out
+
+    def _reset(self, tensordict=None, **kwargs):
+        self.step_count = 0
+        done = torch.zeros(1, dtype=torch.bool)
+        return self._observe().update({"done": done, "terminated": done.clone()})
+
+    def _step(self, tensordict):
+        reward = (tensordict["agents", "action"] == self.goal).float().unsqueeze(-1)
+        self.step_count += 1
+        done = torch.tensor([self.step_count >= self.max_steps])
+        out = self._observe().update({"done": done, "terminated": done.clone()})
+        out["agents", "reward"] = reward
+        return out
+
+
+class _ToFloat(Transform):
+    """What BenchMARL's MeltingPot task does to its images in the replay buffer."""
+
+    def forward(self, tensordict):
+        for key in (("agents", "observation"), ("next", "agents", "observation")):
+            if key in tensordict.keys(True):
+                tensordict.set(key, tensordict.get(key).float())
+        return tensordict
+
+
+class StandInTask(TaskClass):
+    """:class:`StandIn` as a BenchMARL task; ``config`` holds its arguments."""
+
+    def __init__(self, **config):
+        super().__init__(name="STAND_IN", config=config)
+
+    def get_env_fun(self, num_envs, continuous_actions, seed, device):
+        return lambda: StandIn(**self.config, seed=seed)
+
+    def supports_continuous_actions(self):
+        return False
+
+    def supports_discrete_actions(self):
+        return True
+
+    def max_steps(self, env):
+        return 5
+
+    def has_render(self, env):
+        return False
+
+    def group_map(self, env):
+        return {"agents": [f"agent_{i}" for i in range(self.config.get("n_agents", 3))]}
+
+    def _spec(self, env, key):
+        spec = env.observation_spec["agents"]
+        if key not in spec.keys():
+            return None
+        return Composite(agents=Composite({key: spec[key].clone()}, shape=spec.shape))
+
+    def observation_spec(self, env):
+        return self._spec(env, "observation")
+
+    def action_mask_spec(self, env):
+        return self._spec(env, "action_mask")
+
+    def info_spec(self, env):
+        return None
+
+    def state_spec(self, env):
+        return Composite(state=env.observation_spec["state"].clone()) if self.config.get("state") else None
+
+    def action_spec(self, env):
+        return env.full_action_spec
+
+    def get_replay_buffer_transforms(self, env, group):
+        return [_ToFloat()] if self.config.get("rgb") else []
+
+    @staticmethod
+    def env_name():
+        return "standin"

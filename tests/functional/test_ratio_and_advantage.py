@@ -1,0 +1,63 @@
+import pytest
+import torch
+
+from benchmarl_trust.functional import effective_sample_size, log_ratio, masked_mean, normalize_advantage
+
+MASK = torch.tensor([[True, True], [True, False], [True, True], [True, False]])
+
+
+def test_absent_agents_have_log_ratio_zero_and_count_nowhere():
+    log_prob = torch.where(MASK, torch.tensor(-1.0), -torch.inf)
+    x = log_ratio(log_prob, log_prob - 1, MASK)
+    assert x.tolist() == [[1, 1], [1, 0], [1, 1], [1, 0]]
+    assert masked_mean(x, MASK) == 1
+    assert masked_mean(torch.where(MASK, x, torch.nan), MASK) == 1
+    assert masked_mean(x, torch.zeros_like(MASK)) == 0
+
+
+def test_effective_sample_size():
+    x = torch.randn(5, 4, 3, dtype=torch.float64)
+    weight = x.exp().reshape(-1, 3)
+    expected = weight.sum(0).square() / weight.square().sum(0) / 20
+    torch.testing.assert_close(effective_sample_size(x), expected)
+    one_takes_all = torch.zeros(10, 1).index_fill(0, torch.tensor(3), 60.0)
+    assert effective_sample_size(one_takes_all).item() == pytest.approx(0.1)
+    torch.testing.assert_close(effective_sample_size(x[0, :, :2], MASK)[1], effective_sample_size(x[0, ::2, 1:2])[0])
+
+
+@pytest.mark.parametrize("over", ["batch", "per_agent"])
+@pytest.mark.parametrize("shape", [(50, 3, 1), (10, 5, 3, 1)])
+def test_normalized_advantages_have_mean_zero_and_deviation_one(over, shape):
+    scale = torch.tensor([1.0, 10.0, 100.0]).unsqueeze(-1)
+    advantage = (torch.randn(shape, dtype=torch.float64) + 3) * scale
+    out = normalize_advantage(advantage, over).flatten(0, -3)
+    dims = (0, 1, 2) if over == "batch" else 0
+    torch.testing.assert_close(out.mean(dims), torch.zeros_like(out.mean(dims)), atol=1e-12, rtol=0)
+    torch.testing.assert_close(out.std(dims, correction=0), torch.ones_like(out.mean(dims)))
+    if over == "batch":  # the agents stay comparable
+        assert out[:, 2].std() > 5 * out[:, 0].std()
+
+
+@pytest.mark.parametrize("over", ["batch", "per_agent"])
+def test_absent_agents_change_no_statistic(over):
+    advantage = torch.tensor([[1.0, 2.0], [3.0, torch.nan], [5.0, 6.0], [7.0, 1e9]]).unsqueeze(-1)
+    out = normalize_advantage(advantage, over, MASK).squeeze(-1)
+    assert out[~MASK].tolist() == [0, 0]
+    groups = [out[MASK]] if over == "batch" else [out[:, 0], out[::2, 1]]
+    for group in groups:
+        assert group.mean().abs() < 1e-6
+        assert group.std(correction=0).item() == pytest.approx(1)
+
+
+def test_equal_advantages_become_zero():
+    assert normalize_advantage(torch.full((4, 2, 1), 3.0), "per_agent").abs().max() == 0
+
+
+def test_no_normalization_changes_nothing():
+    advantage = torch.randn(4, 2, 1)
+    assert normalize_advantage(advantage, "none") is advantage
+
+
+def test_unknown_normalization():
+    with pytest.raises(ValueError, match="none, batch, per_agent"):
+        normalize_advantage(torch.zeros(2, 2, 1), "agents")

@@ -1,0 +1,203 @@
+"""The loss module: equal to TorchRL's PPO where it should be, and clean in its gradients and shapes."""
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
+from tensordict.nn.distributions import NormalParamExtractor
+from torch import nn
+from torchrl.modules import MaskedCategorical, TanhNormal
+from torchrl.objectives import ClipPPOLoss
+
+from benchmarl_trust.functional import SURROGATES
+from benchmarl_trust.losses import SurrogateLoss
+
+SHAPES = {"flat": (64,), "sequence": (16, 4)}
+N = 3
+
+
+def networks(kind="tanh"):
+    torch.manual_seed(0)
+    if kind == "tanh":
+        body = nn.Sequential(nn.Linear(5, 4), NormalParamExtractor())
+        net, keys = TensorDictModule(body, ["observation"], ["loc", "scale"]), ["loc", "scale"]
+        dist = TanhNormal
+    else:
+        net, keys = TensorDictModule(nn.Linear(5, 4), ["observation"], ["logits"]), ["logits"]
+        dist = torch.distributions.Categorical
+        if kind == "masked":
+            keys, dist = {"logits": "logits", "mask": "action_mask"}, MaskedCategorical
+    head = ProbabilisticTensorDictModule(
+        keys, ["action"], distribution_class=dist, return_log_prob=True, log_prob_key="log_prob"
+    )
+    actor = ProbabilisticTensorDictSequential(net, head).double()
+    critic = TensorDictModule(nn.Linear(5, 1), ["observation"], ["state_value"]).double()
+    return actor, critic
+
+
+def batch_for(actor, shape=(64,), distance=0.3):
+    """A batch collected by a policy that differs from ``actor`` by noise on the log-probs."""
+    td = TensorDict(observation=torch.randn(*shape, N, 5, dtype=torch.float64), batch_size=shape)
+    td["action_mask"] = torch.rand(*shape, N, 4) < 0.6
+    td["action_mask"][..., 0] = True
+    with torch.no_grad():
+        actor(td)
+    td["log_prob"] = td["log_prob"] + distance * torch.randn_like(td["log_prob"])
+    td["advantage"] = torch.randn(*shape, N, 1, dtype=torch.float64)
+    td["value_target"] = torch.randn(*shape, N, 1, dtype=torch.float64)
+    return td
+
+
+def surrogate_loss(actor, critic, surrogate="clip", **kwargs):
+    kwargs = {"entropy_coeff": 0.01, "critic_coeff": 0.5, "loss_critic_type": "l2"} | kwargs
+    loss = SurrogateLoss(actor, critic, surrogate=surrogate, **kwargs)
+    loss.set_keys(sample_log_prob="log_prob")
+    return loss
+
+
+def gradients(loss, out, *names):
+    loss.zero_grad()
+    sum(out[name].sum() for name in names).backward()
+    return {name: None if p.grad is None else p.grad.clone() for name, p in loss.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["tanh", "categorical", "masked"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_clip_equals_torchrl(kind, shape, reduction):
+    actor, critic = networks(kind)
+    batch = batch_for(actor, shape)
+    ours = surrogate_loss(actor, critic, epsilon=0.2, reduction=reduction)
+    theirs = ClipPPOLoss(
+        actor,
+        critic,
+        clip_epsilon=0.2,
+        entropy_coeff=0.01,
+        critic_coeff=0.5,
+        loss_critic_type="l2",
+        reduction=reduction,
+    )
+    theirs.set_keys(sample_log_prob="log_prob")
+    theirs.clip_epsilon = torch.tensor(0.2, dtype=torch.float64)  # TorchRL keeps it in float32
+    results = []
+    for loss in (ours, theirs):
+        torch.manual_seed(1)  # TanhNormal's entropy is sampled
+        out = loss(batch)
+        results.append((out, gradients(loss, out, "loss_objective", "loss_entropy", "loss_critic")))
+    (out, grads), (expected, expected_grads) = results
+    for key in ("loss_objective", "loss_entropy", "loss_critic", "entropy", "kl_approx", "clip_fraction"):
+        torch.testing.assert_close(out[key], expected[key], rtol=1e-12, atol=1e-12)
+    if shape == SHAPES["flat"] and reduction == "mean":
+        torch.testing.assert_close(out["ESS"], expected["ESS"])
+    assert list(grads) == list(expected_grads)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_gradients_flow_to_one_network_alone(surrogate):
+    actor, critic = networks()
+    loss = surrogate_loss(actor, critic, surrogate)
+    for names, moved in ((("loss_objective", "loss_entropy"), "actor"), (("loss_critic",), "critic")):
+        grads = gradients(loss, loss(batch_for(actor)), *names)
+        for name, grad in grads.items():
+            if name.startswith(moved):
+                assert grad.abs().max() > 0
+            else:
+                assert grad is None or grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_forward_is_actor_loss_and_critic_loss(surrogate):
+    actor, critic = networks("categorical")
+    loss, batch = surrogate_loss(actor, critic, surrogate), batch_for(actor)
+    both = loss(batch)
+    parts = loss.actor_loss(batch).update(loss.critic_loss(batch))
+    assert set(both.keys()) == set(parts.keys()) >= set(loss.out_keys)
+    for key in both.keys():
+        torch.testing.assert_close(both[key], parts[key])
+
+
+def test_without_a_critic_only_the_policy_is_trained():
+    actor, _ = networks("categorical")
+    loss = surrogate_loss(actor, None, critic_coeff=None)
+    assert "loss_critic" not in loss(batch_for(actor)).keys()
+
+
+def test_statistics_of_the_ratio():
+    actor, critic = networks("categorical")
+    batch = batch_for(actor, (4,), distance=0.0)
+    x = torch.zeros(4, N, dtype=torch.float64)
+    x[0, 0], x[1, 0], x[2, 0] = torch.tensor([0.83, 1.25, 3.0]).log()
+    batch["log_prob"] = batch["log_prob"] - x
+    out = surrogate_loss(actor, critic, "reciprocal")(batch)
+    assert out["ratio_min"].item() == pytest.approx(0.83)
+    assert out["ratio_max"].item() == pytest.approx(3.0)
+    assert out["clip_fraction"].item() == pytest.approx(2 / 12)  # 1.25 and 3 leave 1 ± .2
+    assert out["outside_fraction"].item() == pytest.approx(2 / 12)  # .83 and 3 leave [.845, 1.291]
+    assert out["kl_approx"].item() == pytest.approx(-x.mean().item())
+
+
+def test_two_epsilons():
+    actor, critic = networks("categorical")
+    batch = batch_for(actor)
+    out = surrogate_loss(actor, critic, "quadratic", epsilon=(0.1, 0.3))(batch)["loss_objective"]
+    negative = batch["advantage"] < 0
+    parts = [
+        surrogate_loss(actor, critic, "quadratic", epsilon=e, reduction="none")(batch)["loss_objective"]
+        for e in (0.1, 0.3)
+    ]
+    expected = torch.where(negative.squeeze(-1), *parts).mean()
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_absent_agents_change_nothing(surrogate):
+    actor, critic = networks("categorical")
+    loss, batch = surrogate_loss(actor, critic, surrogate), batch_for(actor)
+    batch["mask"] = torch.rand(64, N) < 0.7
+    other = batch.clone()
+    absent = ~batch["mask"]
+    other["log_prob"][absent] = -torch.inf
+    other["advantage"][absent] = torch.nan
+    other["value_target"][absent] = 1e30
+    results = []
+    for td in (batch, other):
+        out = loss(td)
+        results.append((out, gradients(loss, out, "loss_objective", "loss_entropy", "loss_critic")))
+    (out, grads), (expected, expected_grads) = results
+    for key in out.keys():
+        if key != "explained_variance":  # the host's own, without a mask
+            torch.testing.assert_close(out[key], expected[key], msg=key)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[name])
+
+
+def test_shapes_that_would_broadcast_are_refused():
+    actor, critic = networks("categorical")
+    batch = batch_for(actor)
+    for key, value in (
+        ("log_prob", batch["log_prob"].unsqueeze(-1)),
+        ("advantage", batch["advantage"].mean(-2)),
+        ("advantage", batch["advantage"].squeeze(-1)),
+    ):
+        with pytest.raises(ValueError, match="broadcast and mix agents"):
+            surrogate_loss(actor, critic)(batch.clone().set(key, value))
+
+
+def test_bad_settings():
+    actor, critic = networks("categorical")
+    with pytest.raises(ValueError, match=r"epsilon=0\.5"):
+        SurrogateLoss(actor, critic, surrogate="reciprocal", epsilon=0.5)
+    with pytest.raises(ValueError, match="epsilon=-1"):
+        SurrogateLoss(actor, critic, surrogate="quadratic", epsilon=(-1, 0.2))
+    with pytest.raises(ValueError, match="Unknown surrogate"):
+        SurrogateLoss(actor, critic, surrogate="none")
+    with pytest.raises(ValueError, match="normalize_advantage"):
+        SurrogateLoss(actor, critic, surrogate="clip", normalize_advantage=True)
+
+
+def test_missing_log_prob_is_named():
+    actor, critic = networks("categorical")
+    with pytest.raises(KeyError, match="log_prob"):
+        surrogate_loss(actor, critic)(batch_for(actor).exclude("log_prob"))

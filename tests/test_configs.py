@@ -1,0 +1,98 @@
+"""Yaml values, dataclass fields and MAPPO's conventions agree; bad values are refused by name."""
+
+from dataclasses import MISSING, fields
+
+import pytest
+import yaml
+from benchmarl.algorithms import MappoConfig, algorithm_config_registry
+from benchmarl.hydra_config import load_algorithm_config_from_hydra
+from cases import CASES
+from hydra import compose, initialize_config_module
+
+from benchmarl_trust import ALGORITHMS, MarsConfig, MaspoConfig, register
+from benchmarl_trust.algorithms import conf_folder
+
+names = pytest.mark.parametrize("name", sorted(ALGORITHMS))
+
+
+@names
+def test_yaml_and_dataclass_have_the_same_keys(name):
+    text = yaml.safe_load((conf_folder() / "algorithm" / f"{name}.yaml").read_text())
+    assert text.pop("defaults") == [f"{name}_config", "_self_"]
+    assert set(text) == {field.name for field in fields(ALGORITHMS[name])}
+    assert all(field.default in ("???", MISSING) for field in fields(ALGORITHMS[name])), "values live in the yaml only"
+
+
+@names
+def test_mappo_keys_and_defaults_are_kept(name):
+    ours, mappo = ALGORITHMS[name].get_from_yaml(), MappoConfig.get_from_yaml()
+    for field in fields(MappoConfig):
+        key = "epsilon" if field.name == "clip_epsilon" and not hasattr(ours, "clip_epsilon") else field.name
+        assert getattr(ours, key) == getattr(mappo, field.name)
+
+
+@names
+def test_names(name):
+    config = ALGORITHMS[name]
+    assert config.associated_class().__name__.lower() == name
+    assert config.__name__ == config.associated_class().__name__ + "Config"
+    assert algorithm_config_registry[name] is config
+    for static in ("on_policy", "supports_continuous_actions", "supports_discrete_actions", "has_centralized_critic"):
+        assert getattr(config, static)() == getattr(MappoConfig, static)()
+    assert config.get_from_yaml().has_critic()
+
+
+@names
+def test_hydra_and_yaml_give_the_same_config(name):
+    with initialize_config_module("benchmarl.conf", version_base=None):
+        cfg = compose("config", overrides=[f"algorithm={name}", "task=vmas/balance"])
+    assert load_algorithm_config_from_hydra(cfg.algorithm) == ALGORITHMS[name].get_from_yaml()
+
+
+@pytest.mark.parametrize("preset", sorted(p.stem for p in (conf_folder() / "experiment").glob("*.yaml")))
+def test_presets_compose_and_are_valid(preset):
+    with initialize_config_module("benchmarl.conf", version_base=None):
+        cfg = compose("config", overrides=["algorithm=mars", "task=vmas/balance", f"experiment={preset}"])
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.to_object(cfg.experiment)
+    config.validate(on_policy=True)
+    config.validate(on_policy=False)
+
+
+def test_config_from_a_path(tmp_path):
+    text = (conf_folder() / "algorithm" / "mars.yaml").read_text()
+    path = tmp_path / "mine.yaml"
+    path.write_text(text.replace("epsilon: 0.2", "epsilon: 0.3"))
+    assert MarsConfig.get_from_yaml(str(path)).epsilon == 0.3
+
+
+def test_registering_twice_is_safe():
+    before = dict(algorithm_config_registry)
+    register()
+    assert algorithm_config_registry == before
+
+
+def test_every_algorithm_has_a_case():
+    assert {case.name for case in CASES} == set(ALGORITHMS)
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "value", "cure"),
+    [
+        (MarsConfig, "epsilon", 0.0, "0 < algorithm.epsilon < 0.5"),
+        (MarsConfig, "epsilon", -0.2, "0 < algorithm.epsilon < 0.5"),
+        (MarsConfig, "epsilon", 0.5, "0 < algorithm.epsilon < 0.5"),
+        (MarsConfig, "epsilon", float("nan"), "0 < algorithm.epsilon < 0.5"),
+        (MarsConfig, "penalty", "quadratic", "reciprocal, log"),
+        (MarsConfig, "normalize_advantage", "agents", "none, batch, per_agent"),
+        (MaspoConfig, "epsilon", 1.0, "0 < algorithm.epsilon < 1.0"),
+        (MaspoConfig, "epsilon_negative", 0.0, "0 < algorithm.epsilon_negative < 1.0"),
+    ],
+)
+def test_bad_values_are_refused_before_collection(config, key, value, cure, make_experiment):
+    config = config.get_from_yaml()
+    setattr(config, key, value)
+    with pytest.raises(ValueError, match=f"algorithm.{key}=") as error:
+        make_experiment(config)
+    assert cure in str(error.value)

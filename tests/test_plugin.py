@@ -1,0 +1,197 @@
+"""The routes a user takes, each in a process of its own, with BenchMARL unmodified.
+
+They use nothing of this repository but the installed package, so they also test a wheel.
+"""
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+TINY = [
+    "task=vmas/balance",
+    "experiment.loggers=[csv]",
+    "experiment.render=False",
+    "experiment.max_n_iters=1",
+    "experiment.max_n_frames=null",
+    "experiment.on_policy_collected_frames_per_batch=40",
+    "experiment.on_policy_n_envs_per_worker=4",
+    "experiment.on_policy_n_minibatch_iters=1",
+    "experiment.on_policy_minibatch_size=20",
+    "experiment.evaluation_interval=40",
+    "experiment.evaluation_episodes=2",
+    "task.max_steps=5",
+]
+
+
+def python(*arguments, cwd, fails=False) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=240, check=False
+    )
+    output = done.stdout + done.stderr
+    assert (done.returncode != 0) == fails, output[-3000:]
+    return output
+
+
+def benchmarl(*overrides, cwd, fails=False) -> str:
+    return python("-m", "benchmarl.run", *overrides, cwd=cwd, fails=fails)
+
+
+def results(folder: Path) -> list[dict]:
+    """The json reports below a folder, as {task: {algorithm: {seed: ...}}}."""
+    files = [file for file in folder.rglob("*.json") if ".hydra" not in str(file)]
+    return [json.loads(file.read_text())["vmas"] for file in files]
+
+
+def test_run_with_overrides_then_resume_and_evaluate(tmp_path):
+    overrides = ["algorithm=mars", "algorithm.epsilon=0.1", "algorithm.penalty=log", *TINY]
+    output = benchmarl(*overrides, "experiment.checkpoint_at_end=True", cwd=tmp_path)
+    assert "Algorithm: mars, Task: vmas/balance" in output
+    assert "epsilon: 0.1" in output
+    (report,) = results(tmp_path)
+    assert list(report["balance"]) == ["mars"]
+
+    (checkpoint,) = tmp_path.rglob("checkpoint_40.pt")
+    assert "Evaluation results logged" in python("-m", "benchmarl.evaluate", str(checkpoint), cwd=tmp_path)
+
+    # Resuming asks for more iterations than the run was made for: its own record of the settings is edited.
+    (hydra,) = tmp_path.rglob(".hydra")
+    text = (hydra / "config.yaml").read_text()
+    (hydra / "config.yaml").write_text(text.replace("max_n_iters: 1", "max_n_iters: 3"))
+    output = python("-m", "benchmarl.resume", str(checkpoint), cwd=tmp_path)
+    assert "Reloaded experiment" in output
+    assert "epsilon: 0.1" in output
+    assert "3/3" in output
+    (losses,) = tmp_path.rglob("train_agents_loss_objective.csv")
+    assert [int(line.split(",")[0]) for line in losses.read_text().splitlines()] == [0, 1, 2]
+
+
+def test_multirun_with_benchmarls_own(tmp_path):
+    benchmarl("-m", "algorithm=mappo,mars,maspo", "seed=0,1", *TINY, cwd=tmp_path)
+    reports = results(tmp_path)
+    names = sorted((name, seed) for r in reports for name, seeds in r["balance"].items() for seed in seeds)
+    assert names == [(name, f"seed_{i}") for name in ("mappo", "mars", "maspo") for i in (0, 1)]
+
+
+def test_unknown_key_is_refused_by_name(tmp_path):
+    output = benchmarl("algorithm=mars", "algorithm.epsilom=0.1", *TINY, cwd=tmp_path, fails=True)
+    assert "epsilom" in output
+
+
+def test_clip_epsilon_belongs_to_mappo(tmp_path):
+    output = benchmarl("algorithm=mars", "algorithm.clip_epsilon=0.1", *TINY, cwd=tmp_path, fails=True)
+    assert "clip_epsilon" in output
+
+
+def test_bad_value_is_refused_by_key(tmp_path):
+    output = benchmarl("algorithm=mars", "algorithm.epsilon=0.7", *TINY, cwd=tmp_path, fails=True)
+    assert "algorithm.epsilon=0.7: the reciprocal surrogate needs 0 < algorithm.epsilon < 0.5" in output
+
+
+def test_help_lists_our_algorithms(tmp_path):
+    # BenchMARL's --help needs an algorithm and a task, whatever they are: both are mandatory choices.
+    output = benchmarl("--help", "algorithm=mappo", "task=vmas/balance", cwd=tmp_path)
+    (line,) = [line for line in output.splitlines() if line.startswith("algorithm:")]
+    assert {"mappo", "mars", "maspo"} <= set(line.removeprefix("algorithm:").replace(",", "").split())
+    (line,) = [line for line in output.splitlines() if line.startswith("experiment:")]
+    assert {"base_experiment", "vmas_laptop"} <= set(line.removeprefix("experiment:").replace(",", "").split())
+
+
+def test_without_a_choice_ours_are_offered(tmp_path):
+    output = benchmarl("task=vmas/balance", cwd=tmp_path, fails=True)
+    assert {"mappo", "mars", "maspo"} <= set(output.split("Available options:")[1].split())
+
+
+def test_script_without_hydra(tmp_path):
+    script = f"""
+        from benchmarl.algorithms import EnsembleAlgorithmConfig, MappoConfig
+        from benchmarl.benchmark import Benchmark
+        from benchmarl.environments import VmasTask
+        from benchmarl.experiment import Experiment, ExperimentConfig
+        from benchmarl.models.mlp import MlpConfig
+        from benchmarl_trust import MarsConfig, MaspoConfig
+
+        config = ExperimentConfig.get_from_yaml()
+        for override in {TINY[1:-1]}:
+            key, value = override.removeprefix("experiment.").split("=")
+            value = value.replace("null", "None").replace("[csv]", "['csv']")
+            setattr(config, key, eval(value))
+        config.save_folder = "."
+        model = MlpConfig.get_from_yaml()
+
+        def task(name):
+            task = VmasTask[name].get_from_yaml()
+            task.config["max_steps"] = 5
+            return task
+
+        Experiment(task("BALANCE"), MarsConfig.get_from_yaml(), model, 0, config).run()
+        Benchmark(
+            [MarsConfig.get_from_yaml(), MaspoConfig.get_from_yaml(), MappoConfig.get_from_yaml()],
+            model, [task("BALANCE")], {{0}}, config,
+        ).run_sequential()
+        ensemble = EnsembleAlgorithmConfig(
+            {{"adversary": MarsConfig.get_from_yaml(), "agent": MappoConfig.get_from_yaml()}}
+        )
+        Experiment(task("SIMPLE_TAG"), ensemble, model, 0, config).run()
+        from hydra.core.global_hydra import GlobalHydra
+        assert not GlobalHydra.instance().is_initialized()
+    """
+    (tmp_path / "script.py").write_text(textwrap.dedent(script))
+    python("script.py", cwd=tmp_path)
+    found = sorted((task, name) for r in results(tmp_path) for task, names in r.items() for name in names)
+    balance = [("balance", name) for name in ("mappo", "mars", "mars", "maspo")]
+    assert found == [*balance, ("simple_tag", "ensemblealgorithm")]
+
+
+@pytest.fixture
+def other_program(tmp_path):
+    """A Hydra program of somebody else, with an algorithm group of its own."""
+    (tmp_path / "conf" / "algorithm").mkdir(parents=True)
+    (tmp_path / "conf" / "algorithm" / "sorting.yaml").write_text("stable: true\n")
+    (tmp_path / "conf" / "config.yaml").write_text("defaults:\n  - algorithm: sorting\n")
+    (tmp_path / "program.py").write_text(
+        textwrap.dedent(
+            """
+            import sys, hydra
+            from hydra.core.hydra_config import HydraConfig
+
+            @hydra.main(version_base=None, config_path="conf", config_name="config")
+            def main(cfg):
+                assert cfg.algorithm.stable
+                print("providers", [s.provider for s in HydraConfig.get().runtime.config_sources])
+                loaded = {name.split(".")[0] for name in sys.modules}
+                print("loaded", sorted(loaded & {"torch", "benchmarl", "benchmarl_trust"}))
+
+            main()
+            """
+        )
+    )
+    return tmp_path
+
+
+def test_another_hydra_program_is_not_changed(other_program):
+    output = python("program.py", cwd=other_program)
+    assert "loaded []" in output
+    assert "benchmarl_trust" not in output.split("providers")[1].splitlines()[0]
+    assert "mars" not in python("program.py", "--help", cwd=other_program)
+
+
+def test_another_hydra_program_is_not_slowed(tmp_path):
+    """The plugin module imports in less than a tenth of a second what Hydra has not imported already."""
+    script = """
+        import time, hydra.main, hydra.core.plugins
+        import hydra.core.config_search_path, hydra.plugins.search_path_plugin, sys
+        start = time.perf_counter()
+        before = set(sys.modules)
+        from hydra_plugins.benchmarl_trust_searchpath import BenchmarlTrustSearchPath
+        class Path:
+            def append(self, *args, **kwargs): raise AssertionError("touched")
+        BenchmarlTrustSearchPath().manipulate_search_path(Path())
+        print("new", sorted(set(sys.modules) - before), time.perf_counter() - start)
+        assert time.perf_counter() - start < 0.1
+    """
+    output = python("-c", textwrap.dedent(script), cwd=tmp_path)
+    assert "new ['hydra_plugins', 'hydra_plugins.benchmarl_trust_searchpath']" in output

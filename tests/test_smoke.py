@@ -1,0 +1,172 @@
+"""Every algorithm runs, on every kind of action, policy, model and environment that BenchMARL's MAPPO takes.
+
+These tests also assert what a run must show: finite parameters that moved, and the log keys of the docs.
+"""
+
+import pytest
+import torch
+from benchmarl.algorithms import EnsembleAlgorithmConfig, MappoConfig
+from benchmarl.environments import VmasTask
+from benchmarl.models import CnnConfig, GnnConfig, GruConfig, LstmConfig, MlpConfig
+from benchmarl.models.common import SequenceModelConfig
+from cases import CASES
+from conftest import policy_parameters, scalars
+from environments import StandInTask
+from torch import nn
+
+LAYERS = {"activation_class": nn.Tanh, "layer_class": nn.Linear}
+RNN = {
+    "hidden_size": 6,
+    "n_layers": 1,
+    "bias": True,
+    "dropout": 0,
+    "compile": False,
+    "mlp_num_cells": [4],
+    "mlp_activation_class": nn.Tanh,
+    "mlp_layer_class": nn.Linear,
+}
+CNN = {
+    "cnn_num_cells": [3],
+    "cnn_kernel_sizes": 3,
+    "cnn_strides": 1,
+    "cnn_paddings": 0,
+    "cnn_activation_class": nn.Tanh,
+    "mlp_num_cells": [4],
+    "mlp_activation_class": nn.Tanh,
+    "mlp_layer_class": nn.Linear,
+}
+LOGGED = ["kl_approx", "clip_fraction", "outside_fraction", "ratio_min", "ratio_max", "ESS", "entropy"]
+LOGGED += ["loss_objective", "loss_critic", "skipped_steps"]
+
+all_cases = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
+
+
+def gnn():  # first, since as a critic it must see the agents apart
+    from torch_geometric.nn.conv import GATv2Conv
+
+    return SequenceModelConfig(
+        model_configs=[
+            GnnConfig(topology="full", self_loops=True, gnn_class=GATv2Conv),
+            MlpConfig(num_cells=[4], **LAYERS),
+        ],
+        intermediate_sizes=[5],
+    )
+
+
+MODELS = {
+    "gru": lambda: GruConfig(**RNN),
+    "lstm": lambda: LstmConfig(**RNN),
+    "gnn": gnn,
+    "gru-mlp": lambda: SequenceModelConfig(
+        model_configs=[GruConfig(**RNN), MlpConfig(num_cells=[4], **LAYERS)], intermediate_sizes=[5]
+    ),
+}
+
+
+def check_trained(experiment, groups=("agents",)):
+    after = policy_parameters(experiment)
+    assert all(p.isfinite().all() for p in after.values())
+    for optimizers in experiment.optimizers.values():
+        for optimizer in optimizers.values():
+            assert optimizer.state, "no step was made"
+    logged = scalars(experiment)
+    for group in groups:
+        for key in LOGGED:
+            assert f"train_{group}_{key}" in logged, key
+        assert logged[f"train_{group}_skipped_steps"] == [0, 0]
+        assert min(logged[f"train_{group}_ratio_min"]) > 0
+        assert all(0 < value <= 1 + 1e-5 for value in logged[f"train_{group}_ESS"])
+    assert len(logged["eval_reward_episode_reward_mean"]) == 2
+
+
+@all_cases
+@pytest.mark.parametrize("continuous", [True, False], ids=["continuous", "discrete"])
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "separate"])
+def test_balance(case, continuous, share, run):
+    check_trained(run(case.config(), prefer_continuous_actions=continuous, share_policy_params=share))
+
+
+@all_cases
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_models(case, model, run):
+    check_trained(run(case.config(), model=MODELS[model](), critic=MODELS[model]()))
+
+
+@all_cases
+def test_masked_actions_with_state(case, run):
+    check_trained(run(case.config(), task=StandInTask(mask=True, state=True)))
+
+
+@all_cases
+def test_images(case, run):
+    check_trained(run(case.config(), task=StandInTask(rgb=True), model=CnnConfig(**CNN)))
+
+
+@all_cases
+def test_absent_agents(case, run):
+    check_trained(run(case.config(), task=StandInTask(absent=True)))
+
+
+@all_cases
+def test_several_groups(case, run):
+    task = VmasTask.SIMPLE_TAG.get_from_yaml()
+    task.config.update(max_steps=5)
+    experiment = run(case.config(), task=task)
+    assert len(experiment.group_map) == 2
+    check_trained(experiment, experiment.group_map)
+
+
+@all_cases
+def test_unsquashed_normal_separate_critics_minibatch_advantage(case, run):
+    config = case.config(use_tanh_normal=False, share_param_critic=False, minibatch_advantage=True)
+    check_trained(run(config))
+
+
+@all_cases
+@pytest.mark.parametrize("over", ["batch", "per_agent"])
+def test_normalized_advantage_with_entropy_bonus(case, over, run):
+    check_trained(run(case.config(normalize_advantage=over, entropy_coef=0.01)))
+
+
+@all_cases
+def test_collect_with_grad(case, run):
+    check_trained(run(case.config(), collect_with_grad=True))
+
+
+@all_cases
+def test_ensemble_trains_the_critic_it_reads(case, make_experiment):
+    task = VmasTask.SIMPLE_TAG.get_from_yaml()
+    task.config.update(max_steps=5)
+    config = EnsembleAlgorithmConfig({"adversary": case.config(), "agent": MappoConfig.get_from_yaml()})
+    experiment = make_experiment(config, task=task)
+    inner = experiment.algorithm.algorithms_map["adversary"]
+    assert inner.get_loss_and_updater("adversary")[0] is experiment.losses["adversary"]
+    experiment.run()
+    check_trained(experiment, ["adversary"])
+    assert inner.get_loss_and_updater("adversary")[0] is experiment.losses["adversary"]
+
+
+@all_cases
+def test_learns(case, run):
+    """Agents are paid for the action that they are shown: after 60 small iterations most of them know it."""
+    experiment = run(
+        case.config(),
+        task=StandInTask(),
+        max_n_iters=60,
+        evaluation=False,
+        on_policy_n_minibatch_iters=5,
+        lr=0.01,
+    )
+    reward = scalars(experiment)["collection_agents_reward_episode_reward_mean"]
+    assert reward[0] < 2.5  # chance is 5 / 4
+    assert sum(reward[-5:]) / 5 > 4
+
+
+@pytest.mark.gpu
+@all_cases
+@pytest.mark.parametrize("sampling_device", ["cuda", "cpu"])
+def test_cuda(case, sampling_device, run):
+    experiment = run(case.config(), train_device="cuda", buffer_device="cuda", sampling_device=sampling_device)
+    check_trained(experiment)
+    assert next(experiment.losses["agents"].parameters()).is_cuda
+    assert torch.cuda.is_available()
