@@ -94,9 +94,9 @@ def test_bad_value_is_refused_by_key(tmp_path):
 def test_help_lists_our_algorithms(tmp_path):
     # BenchMARL's --help needs an algorithm and a task, whatever they are: both are mandatory choices.
     output = benchmarl("--help", "algorithm=mappo", "task=vmas/balance", cwd=tmp_path)
-    (line,) = [line for line in output.splitlines() if line.startswith("algorithm:")]
+    line = next(line for line in output.splitlines() if line.startswith("algorithm:"))
     assert {"mappo", "mars", "maspo"} <= set(line.removeprefix("algorithm:").replace(",", "").split())
-    (line,) = [line for line in output.splitlines() if line.startswith("experiment:")]
+    line = next(line for line in output.splitlines() if line.startswith("experiment:"))
     assert {"base_experiment", "vmas_laptop"} <= set(line.removeprefix("experiment:").replace(",", "").split())
 
 

@@ -1,0 +1,109 @@
+"""Draws the learning curves of a folder of BenchMARL runs, from the JSON and CSV files that BenchMARL writes.
+
+    python -m benchmarl.run -m algorithm=mars,mappo task=vmas/balance experiment=vmas_laptop seed=0,1,2
+    python examples/learning_curves.py multirun/<day>/<time>
+
+For each task it draws the return over the collected frames for every algorithm: on the left the deterministic policy
+in evaluation (JSON), on the right the stochastic policy in collection (CSV); lines are means over seeds, bands run
+from the worst to the best seed. The picture is written into the folder, and a table is printed: the mean over seeds of
+the last evaluation's return and of the area under the evaluation curve (the mean return over all frames).
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from benchmarl.eval_results import get_raw_dict_from_multirun_folder
+
+Curves = dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]]  # task -> algorithm -> (frames, return) by seed
+
+
+def evaluation_curves(folder: Path) -> Curves:
+    """The mean return of each evaluation, from BenchMARL's JSON reports."""
+    curves: Curves = {}
+    for tasks in get_raw_dict_from_multirun_folder(str(folder)).values():
+        for task, algorithms in tasks.items():
+            for algorithm, seeds in algorithms.items():
+                for report in seeds.values():
+                    steps = sorted(
+                        (step["step_count"], np.mean(step["return"]))
+                        for name, step in report.items()
+                        if name.startswith("step_")
+                    )
+                    frames, values = np.array(steps).T
+                    curves.setdefault(task, {}).setdefault(algorithm, []).append((frames, values))
+    return curves
+
+
+def collection_curves(folder: Path) -> Curves:
+    """The mean return of the episodes collected in each iteration, from the CSV logger's files."""
+    curves: Curves = {}
+    for file in sorted(folder.rglob("collection_reward_episode_reward_mean.csv")):
+        report = next(file.parents[2].glob("*.json"))
+        ((_, tasks),) = get_raw_dict_from_multirun_folder(str(report.parent)).items()
+        ((task, algorithms),) = tasks.items()
+        (algorithm,) = algorithms
+        frames = dict(_read(file.with_name("counters_total_frames.csv")))
+        points = [(frames[step], value) for step, value in _read(file) if step in frames]
+        curves.setdefault(task, {}).setdefault(algorithm, []).append(tuple(np.array(points).T))
+    return curves
+
+
+def _read(file: Path) -> list[tuple[int, float]]:
+    with file.open() as lines:
+        return [(int(step), float(value)) for step, value in csv.reader(lines)]
+
+
+def draw(evaluation: Curves, collection: Curves, path: Path) -> None:
+    """One row of two axes per task."""
+    figure, rows = plt.subplots(len(evaluation), 2, figsize=(10, 3.6 * len(evaluation)), squeeze=False)
+    for axes, task in zip(rows, sorted(evaluation), strict=True):
+        for axis, curves, kind in zip(axes, (evaluation, collection), ("evaluation", "collection"), strict=True):
+            for algorithm, seeds in sorted(curves.get(task, {}).items()):
+                length = min(len(frames) for frames, _ in seeds)
+                frames, values = seeds[0][0][:length], np.stack([v[:length] for _, v in seeds])
+                (line,) = axis.plot(frames, values.mean(0), label=f"{algorithm} ({len(seeds)} seeds)")
+                axis.fill_between(frames, values.min(0), values.max(0), alpha=0.2, color=line.get_color())
+            axis.set(title=f"{task}, {kind}", xlabel="frames", ylabel="return")
+            axis.grid(alpha=0.3)
+            axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def table(curves: Curves) -> str:
+    """Last return and area under the curve, mean and standard deviation over seeds."""
+    lines = [f"{'task':<14}{'algorithm':<14}{'seeds':>5}{'last return':>20}{'area under curve':>20}"]
+    for task, algorithms in sorted(curves.items()):
+        for algorithm, seeds in sorted(algorithms.items()):
+            last = [values[-1] for _, values in seeds]
+            area = [
+                np.trapezoid(values, frames) / (frames[-1] - frames[0]) for frames, values in seeds if len(frames) > 1
+            ]
+            cells = "".join(f"{np.mean(x):>12.2f} ± {np.std(x):<5.2f}" if x else f"{'-':>20}" for x in (last, area))
+            lines.append(f"{task:<14}{algorithm:<14}{len(seeds):>5}{cells}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Read, draw, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="a folder with BenchMARL runs below it, such as a Hydra multirun's")
+    parser.add_argument("--output", type=Path, help="the picture; <folder>/learning_curves.png by default")
+    arguments = parser.parse_args()
+    evaluation = evaluation_curves(arguments.folder)
+    if not evaluation:
+        parser.error(f"no BenchMARL report (*.json) below {arguments.folder}: run with experiment.create_json=True")
+    path = (arguments.output or arguments.folder / "learning_curves.png").resolve()
+    draw(evaluation, collection_curves(arguments.folder), path)
+    print(table(evaluation))
+    print(f"\nLearning curves: {path}")
+
+
+if __name__ == "__main__":
+    main()
