@@ -3,9 +3,9 @@
 All runs have the experiment settings of ``conf/experiment/vmas_laptop.yaml``, the model of BenchMARL's defaults, one
 policy per agent and the same number of frames; algorithm settings are those of the yaml files. Run it with
 
-    python examples/compare.py --output results
-    python examples/compare.py --output quick --algorithms mars mappo --tasks balance --seeds 0 1 --frames 60000
-    python examples/compare.py --output results --plot-only
+    python examples/compare.py
+    python examples/compare.py --output outputs/quick --algorithms mars mappo --tasks balance --seeds 0 1 --frames 60000
+    python examples/compare.py --plot-only
 
 On one CPU core a run of the preset's 360 000 frames takes about four minutes, one of MASAC seven; the first command
 (five algorithms, two tasks, three seeds) takes two and a half hours. To spread it over processes, give each a

@@ -14,6 +14,7 @@ from torchrl.objectives import LossModule, ValueEstimators
 import benchmarl_trust
 from benchmarl_trust import functional as F
 from benchmarl_trust.algorithms.guard import FiniteGuard
+from benchmarl_trust.algorithms.resume import ResumeState
 from benchmarl_trust.losses import SurrogateLoss
 
 
@@ -39,6 +40,8 @@ class TrustRegion(Mappo):
         ValueError: on a bad setting, before anything is collected.
     """
 
+    loss_class = SurrogateLoss
+
     def __init__(
         self,
         epsilon: float | tuple[float, float],
@@ -57,10 +60,11 @@ class TrustRegion(Mappo):
         super().__init__(clip_epsilon=epsilon, **kwargs)
         self.surrogate = surrogate
         self.normalize_advantage = normalize_advantage
-        FiniteGuard.add_to(self.experiment)
+        self.guard = FiniteGuard.of(self.experiment)
+        self.resume_state = ResumeState.of(self.experiment)
 
     def _get_loss(self, group: str, policy_for_loss: TensorDictModule, continuous: bool) -> tuple[LossModule, bool]:
-        loss = SurrogateLoss(
+        loss = self.loss_class(
             policy_for_loss,
             self.get_critic(group),
             surrogate=self.surrogate,
@@ -82,6 +86,20 @@ class TrustRegion(Mappo):
         self._losses_and_updaters[group] = (loss, None)
         return loss, False
 
+    def process_loss_vals(self, group: str, loss_vals: TensorDictBase) -> TensorDictBase:
+        """MAPPO's sum of objective and entropy. A loss that is not finite gets a gradient that is not finite either,
+        by which :class:`~benchmarl_trust.algorithms.guard.FiniteGuard` knows it and drops the step.
+        """
+        if "loss_objective" in loss_vals.keys():
+            loss_vals = super().process_loss_vals(group, loss_vals)
+        for name in self.experiment.optimizers[group].keys() & loss_vals.keys():
+            loss_vals.set(name, _nan_gradient_unless_finite(loss_vals.get(name)))
+        return loss_vals
+
+
+class Simultaneous(TrustRegion):
+    """All agents of a group move at once, in BenchMARL's own loop."""
+
     def process_batch(self, group: str, batch: TensorDictBase) -> TensorDictBase:
         """MAPPO's advantages and value targets, the advantages normalised as configured."""
         batch = super().process_batch(group, batch)
@@ -89,15 +107,6 @@ class TrustRegion(Mappo):
             batch[group, "advantage"], self.normalize_advantage, batch.get((group, "mask"), None)
         )
         return batch.set((group, "advantage"), advantage)
-
-    def process_loss_vals(self, group: str, loss_vals: TensorDictBase) -> TensorDictBase:
-        """MAPPO's sum of objective and entropy. A loss that is not finite gets a gradient that is not finite either,
-        by which :class:`~benchmarl_trust.algorithms.guard.FiniteGuard` knows it and drops the step.
-        """
-        loss_vals = super().process_loss_vals(group, loss_vals)
-        for name in ("loss_objective", "loss_critic"):
-            loss_vals.set(name, _nan_gradient_unless_finite(loss_vals.get(name)))
-        return loss_vals
 
 
 def _nan_gradient_unless_finite(loss: Tensor) -> Tensor:

@@ -1,15 +1,21 @@
 """Nothing that is not finite reaches a parameter."""
 
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import torch
 from benchmarl.experiment import Callback, Experiment
 from tensordict import TensorDictBase
 from torch import Tensor
 
+CallbackType = TypeVar("CallbackType", bound=Callback)
+
 #: So many iterations in a row with a dropped step end the run.
 PATIENCE = 3
+#: Optimizers of this name belong to a policy phase, not to BenchMARL's loop.
+POLICY_PHASE = "loss_objective_"
 
 
 class FiniteGuard(Callback):
@@ -23,30 +29,37 @@ class FiniteGuard(Callback):
     gradient whose norm is not finite, so that the step changes neither parameters nor optimizer state. Dropped steps
     are logged as ``train/{group}/skipped_steps``; ``PATIENCE`` iterations in a row with one end the run with a
     ``RuntimeError``.
+
+    Attributes:
+        skipped (Counter): dropped steps of the current iteration by group; a policy phase adds its own.
+        checks (list of callable): further checks of the collected batch.
     """
 
     def __init__(self):
         super().__init__()
-        self._skipped: Counter = Counter()
+        self.skipped: Counter = Counter()
+        self.checks: list[Callable[[TensorDictBase], None]] = []
         self._streak: Counter = Counter()
 
     @classmethod
-    def add_to(cls, experiment: Experiment) -> None:
-        """Put one guard at the end of the experiment's callbacks, in a new list: the user's own stays as it is."""
-        if any(isinstance(callback, cls) for callback in experiment.callbacks):
-            return  # the algorithms of an ensemble share one
-        guard = cls()
-        guard.experiment = experiment
-        experiment.callbacks = [*experiment.callbacks, guard]
+    def of(cls, experiment: Experiment) -> "FiniteGuard":
+        """The experiment's guard. The first call adds it; the algorithms of an ensemble share it."""
+        return own_callback(experiment, cls)
 
     def on_setup(self) -> None:
-        """Hook every optimizer."""
+        """Hook every optimizer that BenchMARL's loop steps; a policy phase sees to its own."""
         for group, optimizers in self.experiment.optimizers.items():
-            for optimizer in optimizers.values():
-                optimizer.register_step_pre_hook(partial(self._drop_nonfinite_gradient, group))
+            for name, optimizer in optimizers.items():
+                if not name.startswith(POLICY_PHASE):
+                    optimizer.register_step_pre_hook(partial(self._drop_nonfinite_gradient, group))
 
     def on_batch_collected(self, batch: TensorDictBase) -> None:
-        """Raise if the batch is not finite."""
+        """Raise if the batch is not finite, or if a check that an algorithm has added fails."""
+        self._check_finite(batch)
+        for check in self.checks:
+            check(batch)
+
+    def _check_finite(self, batch: TensorDictBase) -> None:
         checked = {
             key: value
             for key, value in batch.items(include_nested=True, leaves_only=True)
@@ -68,7 +81,7 @@ class FiniteGuard(Callback):
 
     def on_train_end(self, training_td: TensorDictBase, group: str) -> None:
         """Log the dropped steps of this iteration; stop after too many such iterations."""
-        skipped = self._skipped.pop(group, 0)
+        skipped = self.skipped.pop(group, 0)
         self.experiment.logger.log({f"train/{group}/skipped_steps": skipped}, step=self.experiment.n_iters_performed)
         self._streak[group] = self._streak[group] + 1 if skipped else 0
         if self._streak[group] >= PATIENCE:
@@ -84,9 +97,20 @@ class FiniteGuard(Callback):
             return
         norms = torch._foreach_norm([p.grad for p in parameters])
         if not torch.stack(norms).isfinite().all():  # BenchMARL synchronises here too, for grad_norm
-            self._skipped[group] += 1
+            self.skipped[group] += 1
             for parameter in parameters:
                 parameter.grad = None  # Adam passes over it
+
+
+def own_callback(experiment: Experiment, kind: type[CallbackType]) -> CallbackType:
+    """The experiment's callback of this class, put at the end of a new list: the user's own list stays as it is."""
+    for callback in experiment.callbacks:
+        if isinstance(callback, kind):
+            return callback
+    callback = kind()
+    callback.experiment = experiment
+    experiment.callbacks = [*experiment.callbacks, callback]
+    return callback
 
 
 def last_checkpoint(experiment: Experiment) -> str:

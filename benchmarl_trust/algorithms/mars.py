@@ -4,12 +4,12 @@ from dataclasses import MISSING, dataclass
 
 from benchmarl.algorithms.common import Algorithm
 
-from benchmarl_trust.algorithms.common import TrustRegion, TrustRegionConfig
+from benchmarl_trust.algorithms.common import Simultaneous, TrustRegionConfig
 
 PENALTIES = ("reciprocal", "log")
 
 
-class Mars(TrustRegion):
+class Mars(Simultaneous):
     r"""Multi-agent policy optimisation with a ratio-symmetric penalty (arXiv 2605.09212).
 
     .. math:: L_i = r_i A - \frac{|A|}{2ε} \left(r_i + \frac1{r_i} - 2\right)

@@ -4,10 +4,10 @@ from dataclasses import MISSING, dataclass
 
 from benchmarl.algorithms.common import Algorithm
 
-from benchmarl_trust.algorithms.common import TrustRegion, TrustRegionConfig
+from benchmarl_trust.algorithms.common import Simultaneous, TrustRegionConfig
 
 
-class Maspo(TrustRegion):
+class Maspo(Simultaneous):
     r"""Multi-agent simple policy optimisation (SPO, arXiv 2401.16025, with per-agent ratios; arXiv 2605.09212).
 
     .. math:: L_i = r_i A - \frac{|A|}{2ε} (r_i - 1)^2

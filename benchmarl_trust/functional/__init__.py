@@ -1,9 +1,18 @@
 """Pure tensor functions: the mathematics, with no networks and no TensorDicts. Imports torch only."""
 
-from benchmarl_trust.functional.advantage import NORMALIZATIONS, normalize_advantage
+from benchmarl_trust.functional.advantage import NORMALIZATIONS, normalize_advantage, team_advantage
+from benchmarl_trust.functional.distribution import (
+    categorical_entropy,
+    categorical_kl,
+    categorical_log_prob,
+    categorical_log_probs,
+    normal_kl,
+    normal_log_prob,
+)
 from benchmarl_trust.functional.ratio import (
     check_same_shape,
     effective_sample_size,
+    factor_weight,
     log_ratio,
     masked_mean,
 )
@@ -21,14 +30,22 @@ __all__ = [
     "NORMALIZATIONS",
     "SURROGATES",
     "Surrogate",
+    "categorical_entropy",
+    "categorical_kl",
+    "categorical_log_prob",
+    "categorical_log_probs",
     "check_same_shape",
     "check_surrogate",
     "clip_gain",
     "effective_sample_size",
+    "factor_weight",
     "log_gain",
     "log_ratio",
     "masked_mean",
+    "normal_kl",
+    "normal_log_prob",
     "normalize_advantage",
     "quadratic_gain",
     "reciprocal_gain",
+    "team_advantage",
 ]

@@ -45,3 +45,27 @@ def normalize_advantage(advantage: Tensor, over: str, mask: Tensor | None = None
     centred = torch.where(mask, advantage - mean, 0)
     std = (centred.square().sum(dims, keepdim=True) / count).sqrt()
     return centred / std.clamp(min=1e-6)
+
+
+def team_advantage(advantage: Tensor, mask: Tensor | None = None) -> Tensor:
+    r"""One advantage for the whole team: the mean over the agents that are present.
+
+    .. math:: A = \frac{1}{|\{i \text{ present}\}|} \sum_{i \text{ present}} A_i
+
+    The sequential algorithms' theory is of one joint advantage; per-agent rewards give one per agent.
+
+    Args:
+        advantage (Tensor): [*, N, 1].
+        mask (Tensor, optional): boolean, [*, N].
+
+    Returns: [*, N, 1], equal over agents.
+
+    Examples:
+        >>> team_advantage(torch.tensor([[[1.0], [3.0]]])).flatten()
+        tensor([2., 2.])
+    """
+    if mask is None:
+        return advantage.mean(-2, keepdim=True).expand_as(advantage)
+    mask = mask.unsqueeze(-1)
+    count = mask.sum(-2, keepdim=True).clamp(min=1)
+    return (torch.where(mask, advantage, 0).sum(-2, keepdim=True) / count).expand_as(advantage)

@@ -76,6 +76,30 @@ def effective_sample_size(log_weight: Tensor, mask: Tensor | None = None) -> Ten
     return log_size.exp().nan_to_num(0.0) / count
 
 
+def factor_weight(log_factor: Tensor, clip: bool) -> Tensor:
+    r"""The weight that the compound ratio of the agents already updated gives to the next agent's loss.
+
+    .. math:: w(M) = M \text{ (HAPPO)} \quad\text{or}\quad w(M) = \min(M, 1) \text{ (clip-HAPPO)}, \qquad
+        M = \prod_{j \text{ before } i} r_j
+
+    The chain itself is never clipped: the cap is applied where M enters a loss. With it the variance of w(M) A is at
+    most E[A²], however many agents came before.
+
+    Source: Kuba et al. 2022, arXiv 2109.11251; the cap: Le & Ta, arXiv 2606.25526 (the authors' code).
+
+    Args:
+        log_factor (Tensor): log M, [*].
+        clip (bool): cap M at 1.
+
+    Returns: w(M), [*].
+
+    Examples:
+        >>> factor_weight(torch.tensor([0.5, 2.0]).log(), clip=True)
+        tensor([0.5000, 1.0000])
+    """
+    return (log_factor.clamp(max=0) if clip else log_factor).exp()
+
+
 def check_same_shape(**tensors: Tensor) -> None:
     """Raise if the named tensors differ in shape.
 

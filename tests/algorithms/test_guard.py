@@ -146,10 +146,11 @@ def test_three_bad_iterations_in_a_row_end_the_run(make_experiment):
     assert scalars(experiment)["train_agents_skipped_steps"] == [0, 1, 1, 0, 1, 1, 1]
 
 
-def test_one_guard_at_the_end_and_the_list_of_the_user_untouched(make_experiment):
+def test_own_callbacks_once_at_the_end_and_the_list_of_the_user_untouched(make_experiment):
     from benchmarl.algorithms import EnsembleAlgorithmConfig
 
     from benchmarl_trust.algorithms.guard import FiniteGuard
+    from benchmarl_trust.algorithms.resume import ResumeState
 
     task = VmasTask.SIMPLE_TAG.get_from_yaml()
     mine = [Callback()]
@@ -158,4 +159,4 @@ def test_one_guard_at_the_end_and_the_list_of_the_user_untouched(make_experiment
         EnsembleAlgorithmConfig({"adversary": config, "agent": config}), task=task, callbacks=mine
     )
     assert len(mine) == 1
-    assert [type(callback) for callback in experiment.callbacks] == [Callback, FiniteGuard]
+    assert [type(callback) for callback in experiment.callbacks] == [Callback, FiniteGuard, ResumeState]

@@ -1,0 +1,88 @@
+"""What BenchMARL's checkpoints lack for an exact continuation."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from benchmarl.experiment import Callback, Experiment
+from tensordict import TensorDictBase
+
+from benchmarl_trust.algorithms.guard import own_callback
+
+KEY = "benchmarl_trust"
+
+
+class ResumeState(Callback):
+    """Saves and restores optimizer states and random generators with BenchMARL's checkpoints.
+
+    After a restore the same next batch gives, bit for bit, the parameters that it would have given without the
+    interruption. (Environments start anew, as in BenchMARL, so the next batch itself differs.)
+
+    ``Experiment.run`` seeds the global generators afresh before it collects, so their states are set once on loading
+    and again when the first batch has been collected.
+
+    Attributes:
+        generators (list of torch.Generator): further generators to save, those of the algorithms.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.generators: list[torch.Generator] = []
+        self._random_state: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> "ResumeState":
+        """The experiment's own. The first call adds it; the algorithms of an ensemble share it."""
+        return own_callback(experiment, cls)
+
+    def on_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Add our entry; tensors and plain containers only, since ``torch.load`` reads nothing else."""
+        state_dict[KEY] = {
+            "optimizers": {
+                group: {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+                for group, optimizers in self.experiment.optimizers.items()
+            },
+            "generators": [generator.get_state() for generator in self.generators],
+            "random": _random_state(),
+        }
+
+    def on_load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore; a checkpoint without our entry (of another algorithm, say) leaves everything as it is."""
+        state = state_dict.get(KEY)
+        if state is None:
+            return
+        for group, optimizers in state["optimizers"].items():
+            for name, optimizer_state in optimizers.items():
+                self.experiment.optimizers[group][name].load_state_dict(optimizer_state)
+        for generator, generator_state in zip(self.generators, state["generators"], strict=True):
+            generator.set_state(generator_state.cpu())
+        self._random_state = state["random"]
+        _set_random_state(self._random_state)
+
+    def on_batch_collected(self, batch: TensorDictBase) -> None:
+        """After the first batch since loading, put the global generators back once more."""
+        if self._random_state is not None:
+            _set_random_state(self._random_state)
+            self._random_state = None
+
+
+def _random_state() -> dict[str, Any]:
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "python": [version, list(internal), gauss],
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([cuda_state.cpu() for cuda_state in state["cuda"]])
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))

@@ -1,0 +1,198 @@
+"""The policies of a group's agents, one at a time.
+
+TorchRL runs all agents of a group in one module. A sequential update moves one agent, so it wants that agent's
+parameters as leaves of their own, and a forward pass that computes that agent and no other.
+
+Shapes: [*] is [B], or [B, T] for recurrent policies; N the agents of the group.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, TensorDictSequential
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+
+from benchmarl_trust.updates.head import Head, head_of
+
+
+@dataclass
+class AgentPolicy:
+    """One agent's policy: what to run, and what of it to optimise.
+
+    Attributes:
+        body (TensorDictModuleBase): writes the distribution's parameters; of this agent alone (a one-agent twin) or of
+            the whole group.
+        slot (int): the agent's place in what ``body`` reads and writes.
+        index (int): the agent's place in the group.
+        width (int): the number of agents that ``body`` runs.
+        head (Head): the distribution.
+        parameters (list of nn.Parameter): the leaves to optimise. They share memory with the group's policy: an
+            in-place step on them is a step of the policy.
+        sources (list of (nn.Parameter, int or None), optional): where autograd leaves each leaf's gradient, if not in
+            the leaf itself: a parameter of the group and the row of it.
+    """
+
+    body: TensorDictModuleBase
+    slot: int
+    index: int
+    width: int
+    head: Head
+    parameters: list[nn.Parameter]
+    sources: list[tuple[nn.Parameter, int | None]] | None = None
+
+    def inputs(self, batch: TensorDictBase) -> TensorDict:
+        """What ``body`` reads, of the agents that it runs."""
+        keys = [*self.body.in_keys, *(key for key in self.head.keys if key not in self.body.out_keys)]
+        inputs = batch.select(*keys, strict=False).detach()
+        if self.width > 1:
+            return inputs
+        prefix = _prefix(self.head.keys[0])
+        if prefix:  # the group's own keys have an agent dimension, others (is_init) have none
+            inputs[prefix] = inputs[prefix].apply(
+                lambda x: x.narrow(batch.ndim, self.index, 1).contiguous(), batch_size=(*batch.batch_size, 1)
+            )
+            return inputs
+        return inputs.apply(lambda x: x.narrow(batch.ndim, self.index, 1).contiguous())
+
+    def forward(self, inputs: TensorDictBase) -> tuple[Tensor, ...]:
+        """The distribution's parameters for this agent, each [*, ...]."""
+        outputs = self.body(inputs)
+        return tuple(outputs.get(key).select(inputs.ndim, self.slot) for key in self.head.keys)
+
+    def log_prob(self, parameters: tuple[Tensor, ...], action: Tensor) -> Tensor:
+        """Log-prob of base actions (see the head), [*]."""
+        return self.head.log_prob(parameters, action)
+
+    def kl(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> Tensor:
+        """KL(old ‖ new), [*]."""
+        return self.head.kl(old, new)
+
+    def entropy(self, parameters: tuple[Tensor, ...]) -> Tensor:
+        """Entropy, [*]."""
+        return self.head.entropy(parameters, self.index)
+
+    def backward(self, loss: Tensor) -> None:
+        """Leave the gradient of ``loss`` in ``grad`` of the agent's leaves, and nowhere else."""
+        sources = self.parameters if self.sources is None else [source for source, _ in self.sources]
+        gradients = torch.autograd.grad(loss, sources)
+        for i, (leaf, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
+            row = None if self.sources is None else self.sources[i][1]
+            leaf.grad = gradient if row is None else gradient[row]
+
+
+class GroupPolicy:
+    """The policies of all agents of a group, separate if no parameter serves two of them.
+
+    A gradient probe on ``example`` tells which agents each parameter reaches. A parameter that serves several agents
+    (a shared policy, or a model that mixes the agents' parameters) makes the whole group shared: :attr:`shared`.
+
+    Args:
+        policy (ProbabilisticTensorDictSequential): the group's policy; its last module is the distribution.
+        n_agents (int): N.
+        example (TensorDictBase): any input of the policy with batch size [*], to probe it with.
+        make_twin (callable, optional): makes the body of a policy of one agent, with parameters of the same names as
+            the group's, without the agent dimension. It is used if its outputs equal the group's.
+    Attributes:
+        shared (bool): whether a parameter serves several agents.
+        fast (bool): whether each agent runs through a twin.
+        agents (list of AgentPolicy): one per agent. Those of a shared group have the same ``parameters``.
+    """
+
+    def __init__(
+        self,
+        policy: ProbabilisticTensorDictSequential,
+        n_agents: int,
+        example: TensorDictBase,
+        make_twin: Callable[[], TensorDictModuleBase] | None = None,
+    ):
+        self.policy = policy
+        self.n_agents = n_agents
+        self.head = head_of(policy.module[-1])
+        self.body = TensorDictSequential(*policy.module[:-1])
+        named = dict(self.body.named_parameters())
+        with torch.random.fork_rng():  # neither the probe nor the twins' unused initial values move the run's generator
+            rows = self._rows(named, example)
+            self.shared = rows is None
+            self.agents = [self._whole_group_agent(i, named, rows) for i in range(n_agents)]
+            twins = None if make_twin is None else self._twins(make_twin(), named)
+        self.fast = twins is not None and self._agree(twins, example)
+        if self.fast:
+            self.agents = twins
+
+    def outputs(self, batch: TensorDictBase) -> TensorDictBase:
+        """The distribution's parameters of all agents."""
+        return self.body(batch.select(*self.body.in_keys, *self.head.keys, strict=False))
+
+    def _rows(self, named: dict[str, nn.Parameter], example: TensorDictBase) -> dict[str, int | None] | None:
+        """For each parameter the agent that owns it, or None if its rows are the agents'; None if one is shared."""
+        with torch.enable_grad():
+            reach = [self._reach(agent, named, example) for agent in range(self.n_agents)]
+        rows: dict[str, int | None] = {}
+        for name, parameter in named.items():
+            touching = [agent for agent in range(self.n_agents) if reach[agent][name].any()]
+            stacked = parameter.shape[:1] == (self.n_agents,) and all(
+                not reach[agent][name][_others(agent, self.n_agents)].any() for agent in touching
+            )
+            if len(touching) <= 1 and not (stacked and self.n_agents > 1):
+                rows[name] = touching[0] if touching else 0
+            elif stacked:
+                rows[name] = None
+            else:
+                return None
+        return rows
+
+    def _reach(self, agent: int, named: dict[str, nn.Parameter], example: TensorDictBase) -> dict[str, Tensor]:
+        """Which entries of each parameter move the agent's outputs."""
+        outputs = self.outputs(example.clone())
+        heads = [outputs.get(key).select(example.ndim, agent) for key in self.head.keys]
+        # Weighted by noise: a plain sum is blind to what only shifts mass between outputs.
+        total = sum((x * torch.randn_like(x)).sum() for x in heads if x.requires_grad)
+        gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+        return {
+            name: torch.zeros_like(p, dtype=torch.bool) if gradient is None else gradient != 0
+            for (name, p), gradient in zip(named.items(), gradients, strict=True)
+        }
+
+    def _whole_group_agent(self, i: int, named: dict[str, nn.Parameter], rows: dict | None) -> AgentPolicy:
+        if rows is None:
+            parameters, sources = list(named.values()), None
+        else:
+            mine = [(p, i if rows[name] is None else None) for name, p in named.items() if rows[name] in (None, i)]
+            parameters = [p if row is None else nn.Parameter(p.data[row]) for p, row in mine]
+            sources = mine
+        return AgentPolicy(self.body, i, i, self.n_agents, self.head, parameters, sources)
+
+    def _twins(self, prototype: TensorDictModuleBase, named: dict[str, nn.Parameter]) -> list[AgentPolicy] | None:
+        """One-agent policies on the group's own memory, or None if their parameters do not correspond."""
+        if [name for name, _ in prototype.named_parameters()] != list(named):
+            return None
+        bodies = [prototype if self.shared or i == 0 else copy.deepcopy(prototype) for i in range(self.n_agents)]
+        for i, body in enumerate(bodies):
+            for leaf, p in zip(body.parameters(), named.values(), strict=True):
+                memory = p.data if p.shape == leaf.shape else p.data[i]
+                if memory.shape != leaf.shape:
+                    return None
+                leaf.data = memory
+        return [AgentPolicy(body, 0, i, 1, self.head, list(body.parameters())) for i, body in enumerate(bodies)]
+
+    @torch.no_grad()
+    def _agree(self, twins: list[AgentPolicy], example: TensorDictBase) -> bool:
+        """Whether every twin computes what the group's policy computes for its agent."""
+        for twin, agent in zip(twins, self.agents, strict=True):
+            got, expected = (a.forward(a.inputs(example.clone())) for a in (twin, agent))
+            for x, y in zip(got, expected, strict=True):
+                if x.shape != y.shape or not torch.allclose(x, y, rtol=1e-4, atol=1e-5):
+                    return False
+        return True
+
+
+def _others(agent: int, n_agents: int) -> list[int]:
+    return [i for i in range(n_agents) if i != agent]
+
+
+def _prefix(key: NestedKey) -> tuple[str, ...]:
+    return key[:-1] if isinstance(key, tuple) else ()
