@@ -6,9 +6,30 @@ imported: Hydra finds the package by itself.
 
 __version__ = "0.1.0"
 
-from benchmarl_trust.algorithms import ALGORITHMS, Mars, MarsConfig, Maspo, MaspoConfig
+from benchmarl_trust.algorithms import (
+    ALGORITHMS,
+    ClipHappo,
+    ClipHappoConfig,
+    Happo,
+    HappoConfig,
+    Mars,
+    MarsConfig,
+    Maspo,
+    MaspoConfig,
+)
 from benchmarl_trust.registration import register
 
 register()
 
-__all__ = ["ALGORITHMS", "Mars", "MarsConfig", "Maspo", "MaspoConfig", "register"]
+__all__ = [
+    "ALGORITHMS",
+    "ClipHappo",
+    "ClipHappoConfig",
+    "Happo",
+    "HappoConfig",
+    "Mars",
+    "MarsConfig",
+    "Maspo",
+    "MaspoConfig",
+    "register",
+]

@@ -6,16 +6,30 @@ from typing import NamedTuple
 
 from benchmarl_trust import ALGORITHMS
 
+SIMULTANEOUS = ("kl_approx", "clip_fraction", "outside_fraction", "ratio_min", "ratio_max", "ESS", "entropy")
+SIMULTANEOUS += ("loss_objective",)
+SEQUENTIAL = tuple(
+    f"policy_{key}"
+    for key in ("kl", "clip_fraction", "entropy", "loss", "grad_norm", "kl_agent_0", "entropy_agent_0", "loss_agent_0")
+)
+#: What a sequential update logs for a team, by position in its order.
+POSITIONS = ("factor_mean", "factor_max", "factor_ess", "advantage_variance", "order")
+
 
 class Case(NamedTuple):
     """An algorithm and the settings that its generic tests run it with."""
 
     name: str
     overrides: Mapping = MappingProxyType({})
+    logged: tuple[str, ...] = SIMULTANEOUS
 
     @property
     def id(self) -> str:
         return "-".join([self.name, *map(str, self.overrides.values())])
+
+    @property
+    def sequential(self) -> bool:
+        return self.logged is SEQUENTIAL
 
     def config(self, **overrides):
         config = ALGORITHMS[self.name].get_from_yaml()
@@ -29,4 +43,6 @@ CASES = [
     Case("mars"),
     Case("mars", {"penalty": "log"}),
     Case("maspo"),
+    Case("happo", logged=SEQUENTIAL),
+    Case("cliphappo", logged=SEQUENTIAL),
 ]

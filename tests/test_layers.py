@@ -1,4 +1,4 @@
-"""Imports go one way only: functional <- losses <- algorithms <- registration."""
+"""Imports go one way only: functional <- losses, updates <- algorithms <- registration."""
 
 import ast
 from pathlib import Path
@@ -11,7 +11,8 @@ PACKAGE = Path(benchmarl_trust.__file__).parent
 ALLOWED = {  # layer -> (layers of ours it may import, packages of others it may not)
     "functional": (set(), {"tensordict", "torchrl", "benchmarl", "hydra", "numpy"}),
     "losses": ({"functional"}, {"benchmarl", "hydra"}),
-    "algorithms": ({"functional", "losses"}, {"hydra"}),
+    "updates": ({"functional"}, {"benchmarl", "hydra"}),
+    "algorithms": ({"functional", "losses", "updates"}, {"hydra"}),
 }
 
 

@@ -3,13 +3,15 @@
 These tests also assert what a run must show: finite parameters that moved, and the log keys of the docs.
 """
 
+import math
+
 import pytest
 import torch
 from benchmarl.algorithms import EnsembleAlgorithmConfig, MappoConfig
 from benchmarl.environments import VmasTask
 from benchmarl.models import CnnConfig, GnnConfig, GruConfig, LstmConfig, MlpConfig
 from benchmarl.models.common import SequenceModelConfig
-from cases import CASES
+from cases import CASES, POSITIONS
 from conftest import policy_parameters, scalars
 from environments import StandInTask
 from torch import nn
@@ -35,9 +37,6 @@ CNN = {
     "mlp_activation_class": nn.Tanh,
     "mlp_layer_class": nn.Linear,
 }
-LOGGED = ["kl_approx", "clip_fraction", "outside_fraction", "ratio_min", "ratio_max", "ESS", "entropy"]
-LOGGED += ["loss_objective", "loss_critic", "skipped_steps"]
-
 all_cases = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
 
 
@@ -63,7 +62,7 @@ MODELS = {
 }
 
 
-def check_trained(experiment, groups=("agents",)):
+def check_trained(case, experiment, groups=("agents",)):
     after = policy_parameters(experiment)
     assert all(p.isfinite().all() for p in after.values())
     for optimizers in experiment.optimizers.values():
@@ -71,40 +70,55 @@ def check_trained(experiment, groups=("agents",)):
             assert optimizer.state, "no step was made"
     logged = scalars(experiment)
     for group in groups:
-        for key in LOGGED:
-            assert f"train_{group}_{key}" in logged, key
-        assert logged[f"train_{group}_skipped_steps"] == [0, 0]
-        assert min(logged[f"train_{group}_ratio_min"]) > 0
-        assert all(0 < value <= 1 + 1e-5 for value in logged[f"train_{group}_ESS"])
+        for key in (*case.logged, "loss_critic", "skipped_steps"):
+            values = logged[f"train_{group}_{key}"]
+            assert len(values) == experiment.n_iters_performed
+            assert all(math.isfinite(value) for value in values), key
+        assert set(logged[f"train_{group}_skipped_steps"]) == {0}
+        if case.sequential:
+            check_positions(logged, group, len(experiment.group_map[group]))
+        else:
+            assert min(logged[f"train_{group}_ratio_min"]) > 0
+            assert all(0 < value <= 1 + 1e-5 for value in logged[f"train_{group}_ESS"])
     assert len(logged["eval_reward_episode_reward_mean"]) == 2
+
+
+def check_positions(logged, group, n_agents):
+    by_position = {key: [] for key in POSITIONS}
+    for position in range(n_agents):
+        for key, values in by_position.items():
+            values.append(logged[f"train_{group}_policy_{key}_position_{position}"])
+    for order in zip(*by_position["order"], strict=True):
+        assert sorted(order) == list(range(n_agents))
+    assert set(by_position["factor_mean"][0]) == {1}, "the first agent of the order meets no factor"
 
 
 @all_cases
 @pytest.mark.parametrize("continuous", [True, False], ids=["continuous", "discrete"])
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "separate"])
 def test_balance(case, continuous, share, run):
-    check_trained(run(case.config(), prefer_continuous_actions=continuous, share_policy_params=share))
+    check_trained(case, run(case.config(), prefer_continuous_actions=continuous, share_policy_params=share))
 
 
 @all_cases
 @pytest.mark.parametrize("model", sorted(MODELS))
 def test_models(case, model, run):
-    check_trained(run(case.config(), model=MODELS[model](), critic=MODELS[model]()))
+    check_trained(case, run(case.config(), model=MODELS[model](), critic=MODELS[model]()))
 
 
 @all_cases
 def test_masked_actions_with_state(case, run):
-    check_trained(run(case.config(), task=StandInTask(mask=True, state=True)))
+    check_trained(case, run(case.config(), task=StandInTask(mask=True, state=True)))
 
 
 @all_cases
 def test_images(case, run):
-    check_trained(run(case.config(), task=StandInTask(rgb=True), model=CnnConfig(**CNN)))
+    check_trained(case, run(case.config(), task=StandInTask(rgb=True), model=CnnConfig(**CNN)))
 
 
 @all_cases
 def test_absent_agents(case, run):
-    check_trained(run(case.config(), task=StandInTask(absent=True)))
+    check_trained(case, run(case.config(), task=StandInTask(absent=True)))
 
 
 @all_cases
@@ -113,24 +127,24 @@ def test_several_groups(case, run):
     task.config.update(max_steps=5)
     experiment = run(case.config(), task=task)
     assert len(experiment.group_map) == 2
-    check_trained(experiment, experiment.group_map)
+    check_trained(case, experiment, experiment.group_map)
 
 
 @all_cases
 def test_unsquashed_normal_separate_critics_minibatch_advantage(case, run):
     config = case.config(use_tanh_normal=False, share_param_critic=False, minibatch_advantage=True)
-    check_trained(run(config))
+    check_trained(case, run(config))
 
 
 @all_cases
 @pytest.mark.parametrize("over", ["batch", "per_agent"])
 def test_normalized_advantage_with_entropy_bonus(case, over, run):
-    check_trained(run(case.config(normalize_advantage=over, entropy_coef=0.01)))
+    check_trained(case, run(case.config(normalize_advantage=over, entropy_coef=0.01)))
 
 
 @all_cases
 def test_collect_with_grad(case, run):
-    check_trained(run(case.config(), collect_with_grad=True))
+    check_trained(case, run(case.config(), collect_with_grad=True))
 
 
 @all_cases
@@ -142,7 +156,7 @@ def test_ensemble_trains_the_critic_it_reads(case, make_experiment):
     inner = experiment.algorithm.algorithms_map["adversary"]
     assert inner.get_loss_and_updater("adversary")[0] is experiment.losses["adversary"]
     experiment.run()
-    check_trained(experiment, ["adversary"])
+    check_trained(case, experiment, ["adversary"])
     assert inner.get_loss_and_updater("adversary")[0] is experiment.losses["adversary"]
 
 
@@ -167,6 +181,6 @@ def test_learns(case, run):
 @pytest.mark.parametrize("sampling_device", ["cuda", "cpu"])
 def test_cuda(case, sampling_device, run):
     experiment = run(case.config(), train_device="cuda", buffer_device="cuda", sampling_device=sampling_device)
-    check_trained(experiment)
+    check_trained(case, experiment)
     assert next(experiment.losses["agents"].parameters()).is_cuda
     assert torch.cuda.is_available()

@@ -38,7 +38,10 @@ def normal_kl(old_loc: Tensor, old_scale: Tensor, loc: Tensor, scale: Tensor) ->
     .. math:: \sum_d \log\frac{σ_d}{σ^{old}_d} + \frac{(σ^{old}_d)^2 + (μ^{old}_d - μ_d)^2}{2 σ_d^2} - \frac12
 
     Args:
-        old_loc, old_scale, loc, scale (Tensor): [*, D].
+        old_loc (Tensor): [*, D].
+        old_scale (Tensor): [*, D].
+        loc (Tensor): [*, D].
+        scale (Tensor): [*, D].
 
     Returns: [*], in nats.
 
@@ -105,7 +108,8 @@ def categorical_kl(old_log_probs: Tensor, log_probs: Tensor) -> Tensor:
     r"""KL(old ‖ new) :math:`= \sum_a π_{old} (\log π_{old} - \log π)` over the allowed actions.
 
     Args:
-        old_log_probs, log_probs (Tensor): [*, K], with the same mask.
+        old_log_probs (Tensor): [*, K].
+        log_probs (Tensor): [*, K], with the same mask.
 
     Returns: [*], in nats.
 

@@ -1,5 +1,5 @@
 """TorchRL loss modules: they read TensorDict keys and call :mod:`benchmarl_trust.functional`."""
 
-from benchmarl_trust.losses.surrogate import SurrogateLoss
+from benchmarl_trust.losses.surrogate import CriticPhaseLoss, SurrogateLoss
 
-__all__ = ["SurrogateLoss"]
+__all__ = ["CriticPhaseLoss", "SurrogateLoss"]

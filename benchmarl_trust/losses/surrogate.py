@@ -33,11 +33,13 @@ class SurrogateLoss(PPOLoss):
         surrogate (str): ``clip``, ``quadratic``, ``reciprocal`` or ``log``.
         epsilon (float or tuple of two floats): the radius of the trust region; a pair gives the radii for A < 0 and
             for A ≥ 0.
+        clip_factor (bool): cap the weight w(M) at 1 (clip-HAPPO); only with a factor M in the batch.
         **kwargs: passed to :class:`torchrl.objectives.PPOLoss` (``entropy_coeff``, ``critic_coeff``,
             ``loss_critic_type``, ``reduction``, ...).
 
-    Keys (``set_keys``): those of PPOLoss and ``mask``, True where an agent takes part. The mask is optional; absent
-    agents have ratio 1 and are left out of every mean.
+    Keys (``set_keys``): those of PPOLoss; ``mask`` [*, N], True where an agent takes part; ``factor`` [*, 1], the
+    compound ratio M of the agents already updated in a sequential update. Both are optional. Absent agents have ratio 1
+    and are left out of every mean; without a factor w = 1.
 
     Returns, from ``forward``: ``loss_objective``, ``loss_entropy``, ``loss_critic`` to minimise; ``kl_approx``
     (nats), ``clip_fraction`` (share of ratios outside 1 ± ε, as PPO logs it), ``outside_fraction`` (share beyond the
@@ -66,9 +68,10 @@ class SurrogateLoss(PPOLoss):
 
     @dataclass
     class _AcceptedKeys(PPOLoss._AcceptedKeys):
-        """PPO's keys and ``mask``, True where an agent takes part."""
+        """PPO's keys, ``mask``, True where an agent takes part, and ``factor``, a sequential update's M."""
 
         mask: NestedKey = "mask"
+        factor: NestedKey = "factor"
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
@@ -88,6 +91,7 @@ class SurrogateLoss(PPOLoss):
         *,
         surrogate: str,
         epsilon: float | tuple[float, float] = 0.2,
+        clip_factor: bool = False,
         **kwargs,
     ):
         low, high = epsilon if isinstance(epsilon, tuple) else (epsilon, epsilon)
@@ -101,6 +105,7 @@ class SurrogateLoss(PPOLoss):
         super().__init__(actor_network, critic_network, **kwargs)
         self.surrogate = surrogate
         self.epsilon = (low, high)
+        self.clip_factor = clip_factor
 
     @property
     def out_keys(self):
@@ -140,6 +145,7 @@ class SurrogateLoss(PPOLoss):
         self._check_shape(log_ratio.squeeze(-1), advantage)
         log_ratio = log_ratio if mask is None else torch.where(mask.unsqueeze(-1), log_ratio, 0)
         gain = F.SURROGATES[self.surrogate].gain(log_ratio, advantage, self._epsilon(advantage))
+        gain = self._weight(tensordict, advantage) * gain
 
         out = TensorDict({"loss_objective": self._reduce(-gain, mask)})
         out.update(self._ratio_statistics(log_ratio.detach().squeeze(-1), mask))
@@ -162,6 +168,18 @@ class SurrogateLoss(PPOLoss):
     def _epsilon(self, advantage: Tensor) -> float | Tensor:
         low, high = self.epsilon
         return high if low == high else torch.where(advantage >= 0, high, low)
+
+    def _weight(self, tensordict: TensorDictBase, advantage: Tensor) -> float | Tensor:
+        factor = tensordict.get(self.tensor_keys.factor, None)
+        if factor is None:
+            return 1.0
+        if factor.shape != (*tensordict.batch_size, 1):
+            raise ValueError(
+                f"The factor of key {self.tensor_keys.factor!r} has shape {tuple(factor.shape)}; it must be one number "
+                f"per step, {(*tensordict.batch_size, 1)}, the same for all agents."
+            )
+        weight = F.factor_weight(factor.log(), self.clip_factor)
+        return weight.reshape(*tensordict.batch_size, *[1] * (advantage.ndim - tensordict.ndim))
 
     def _check_shape(self, log_prob: Tensor | None, advantage: Tensor) -> None:
         if log_prob is None:
@@ -203,3 +221,23 @@ class SurrogateLoss(PPOLoss):
                 "ESS": F.effective_sample_size(log_ratio, mask).mean(),
             }
         )
+
+
+class CriticPhaseLoss(SurrogateLoss):
+    """What a training loop is given once the policies have been updated elsewhere: ``forward`` is the critic's loss.
+
+    It owns the policy's parameters all the same, so that checkpoints have them.
+    """
+
+    @property
+    def out_keys(self):
+        """The keys of the tensordict that ``forward`` returns."""
+        return ["loss_critic"]
+
+    @out_keys.setter
+    def out_keys(self, values):
+        self._out_keys = values
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDict:
+        """:meth:`critic_loss`."""
+        return self.critic_loss(tensordict.clone(False))

@@ -1,6 +1,5 @@
 """What a policy's network outputs mean: log-probs, entropy and KL of one agent's actions, as functions of tensors."""
 
-
 import math
 
 import torch

@@ -96,6 +96,7 @@ class GroupPolicy:
         example (TensorDictBase): any input of the policy with batch size [*], to probe it with.
         make_twin (callable, optional): makes the body of a policy of one agent, with parameters of the same names as
             the group's, without the agent dimension. It is used if its outputs equal the group's.
+
     Attributes:
         shared (bool): whether a parameter serves several agents.
         fast (bool): whether each agent runs through a twin.

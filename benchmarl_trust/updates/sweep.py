@@ -110,7 +110,7 @@ def remember_old_policy(agent: Agent, chunk: int) -> None:
 
 @torch.no_grad()
 def current_log_ratio(agent: Agent, data: TensorDict, chunk: int | None = None) -> Tensor:
-    """log π - log π_old on the given rows, [*]; 0 where the agent is absent."""
+    """The log-ratio log π - log π_old on the given rows, [*]; 0 where the agent is absent."""
     outputs = _forward_in_chunks(agent, data, chunk)
     log_prob = agent.policy.log_prob(outputs, data["action"])
     return F.log_ratio(log_prob, data["old_log_prob"], data.get("mask", None))

@@ -1,0 +1,36 @@
+"""clip-HAPPO: HAPPO whose factor is capped, so that its variance stays bounded in the number of agents."""
+
+from dataclasses import MISSING, dataclass
+
+from benchmarl.algorithms.common import Algorithm
+
+from benchmarl_trust.algorithms.sequential import Sequential, SequentialConfig
+
+
+class ClipHappo(Sequential):
+    r"""HAPPO with a capped compound ratio (Le & Ta, arXiv 2606.25526).
+
+    .. math:: L_i = \min(M, 1) \min(r_i A, \mathrm{clip}(r_i, 1 ± ε) A), \qquad M = \prod_{j \text{ before } i} r_j
+
+    The variance of M A grows exponentially with the agent's position in the order; that of min(M, 1) A is at most
+    E[A²]. The chain M itself is never clipped. The formula is the authors'.
+
+    Args:
+        clip_epsilon (float): ε in (0, 1).
+        **kwargs: those of :class:`~benchmarl_trust.algorithms.sequential.Sequential`.
+    """
+
+    def __init__(self, clip_epsilon: float, **kwargs):
+        super().__init__(surrogate="clip", epsilon=clip_epsilon, clip_factor=True, **kwargs)
+
+
+@dataclass
+class ClipHappoConfig(SequentialConfig):
+    """Configuration dataclass for :class:`ClipHappo`."""
+
+    clip_epsilon: float = MISSING
+
+    @staticmethod
+    def associated_class() -> type[Algorithm]:
+        """:class:`ClipHappo`."""
+        return ClipHappo

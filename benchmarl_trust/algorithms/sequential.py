@@ -1,0 +1,410 @@
+"""Agents update one after another, inside BenchMARL's loop.
+
+BenchMARL calls ``process_batch`` once per iteration and group, after collection and before its own loop of optimizer
+steps. The algorithms here train the policies in it, once advantages and value targets are there (the *policy phase*);
+BenchMARL's loop then trains the critic (the *critic phase*), since the loss that it is given has no policy part.
+"""
+
+import warnings
+from dataclasses import MISSING, dataclass
+from typing import Any
+
+import torch
+from benchmarl.algorithms import EnsembleAlgorithmConfig
+from benchmarl.models import Deepsets, Gnn
+from benchmarl.models.common import Model
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from tensordict.nn.distributions import NormalParamExtractor
+from torch import Tensor
+from torchrl.data import Composite
+from torchrl.objectives import LossModule
+
+from benchmarl_trust import functional as F
+from benchmarl_trust.algorithms.common import TrustRegion, TrustRegionConfig
+from benchmarl_trust.algorithms.guard import POLICY_PHASE
+from benchmarl_trust.losses import CriticPhaseLoss
+from benchmarl_trust.updates import (
+    Agent,
+    GradientStep,
+    GroupPolicy,
+    MinibatchEpochs,
+    PositionInfo,
+    current_log_ratio,
+    minibatches,
+    remember_old_policy,
+    sweep,
+)
+
+ADVANTAGES = ("per_agent", "team")
+
+
+class Sequential(TrustRegion):
+    """The base of the sequential algorithms: who is in a team, in which order its agents move, and what is logged.
+
+    Args:
+        actor_epochs (int, optional): passes of each agent over the batch; None: the experiment's
+            ``on_policy_n_minibatch_iters``, so that each agent gets as many steps as MAPPO's policy.
+        actor_minibatch_size (int, optional): frames per step of an agent; None: the experiment's
+            ``on_policy_minibatch_size``.
+        fixed_order (bool or list of int): False: a fresh random order in every iteration; True: that of the agents;
+            or a permutation of the team's agents, counted through its groups.
+        advantage (str): ``per_agent``, as in MAPPO, or ``team``, the mean over the team's agents, which is what the
+            theory of sequential updates speaks of. They are equal where the reward is shared.
+        teams (list of list of str, optional): groups whose agents form one team, through which the compound ratio
+            runs; None: each group is its own team. Groups that are not named are teams of their own.
+        clip_factor (bool): cap the weight w(M) at 1.
+        **kwargs: those of :class:`~benchmarl_trust.algorithms.common.TrustRegion`.
+
+    Raises:
+        ValueError: on a bad setting, before anything is collected; on the first batch if a team's rewards differ.
+    """
+
+    loss_class = CriticPhaseLoss
+
+    def __init__(
+        self,
+        actor_epochs: int | None,
+        actor_minibatch_size: int | None,
+        fixed_order: bool | list[int],
+        advantage: str,
+        teams: list[list[str]] | None,
+        clip_factor: bool,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.actor_epochs = actor_epochs or self.experiment_config.n_optimizer_steps(self.on_policy)
+        self.minibatch_frames = actor_minibatch_size or self.experiment_config.train_minibatch_size(self.on_policy)
+        self.fixed_order = fixed_order
+        self.advantage = advantage
+        self.clip_factor = clip_factor
+        self.teams = self._resolve_teams(teams)
+        self._check_settings(actor_epochs, actor_minibatch_size)
+
+        self.generator = torch.Generator(self.device).manual_seed(self.experiment.seed)
+        self.resume_state.generators.append(self.generator)
+        self.guard.checks.append(self._check_team_rewards)
+        self._policies: dict[str, GroupPolicy] = {}
+        self._batches: dict[str, TensorDictBase] = {}
+
+    ##########
+    # Settings
+    ##########
+
+    def _resolve_teams(self, teams: list[list[str]] | None) -> list[list[str]]:
+        teams = [list(team) for team in teams or []]
+        named = [group for team in teams for group in team]
+        if teams and isinstance(self.experiment.algorithm_config, EnsembleAlgorithmConfig):
+            raise ValueError(
+                "algorithm.teams cannot be used in an ensemble, where every group has an algorithm of its own: give "
+                "all groups of the team one algorithm, or leave teams at null."
+            )
+        unknown = sorted(set(named) - set(self.group_map))
+        if unknown:
+            raise ValueError(f"algorithm.teams names {unknown}; the groups of this task are {list(self.group_map)}.")
+        if len(set(named)) < len(named):
+            raise ValueError(f"algorithm.teams={teams}: a group can be in one team only.")
+        return teams + [[group] for group in self.group_map if group not in named]
+
+    def _check_settings(self, epochs: int | None, minibatch: int | None) -> None:
+        frames = self.experiment_config.collected_frames_per_batch(self.on_policy)
+        if epochs is not None and epochs < 1:
+            raise ValueError(f"algorithm.actor_epochs={epochs} must be at least 1, or null for the experiment's.")
+        if minibatch is not None and not 1 <= minibatch <= frames:
+            raise ValueError(
+                f"algorithm.actor_minibatch_size={minibatch} must lie between 1 and the {frames} frames of a batch "
+                "(experiment.on_policy_collected_frames_per_batch), or be null for the experiment's."
+            )
+        if self.advantage not in ADVANTAGES:
+            raise ValueError(f"algorithm.advantage={self.advantage} is unknown: choose one of {', '.join(ADVANTAGES)}.")
+        if not isinstance(self.fixed_order, bool):
+            for team in self.teams:
+                size = sum(len(self.group_map[group]) for group in team)
+                if sorted(self.fixed_order) != list(range(size)):
+                    raise ValueError(
+                        f"algorithm.fixed_order={list(self.fixed_order)} must be False, True or a permutation of "
+                        f"0 ... {size - 1}, the agents of the team {'+'.join(team)}."
+                    )
+
+    def _check_team_rewards(self, batch: TensorDictBase) -> None:
+        """One joint advantage needs one joint reward: compare the groups of each team on the first batch."""
+        for team in self.teams:
+            missing = [group for group in team if group not in self.experiment.train_group_map]
+            if missing and len(team) > 1:
+                raise ValueError(
+                    f"algorithm.teams: of the team {'+'.join(team)} the group {missing[0]} is not trained; a team's "
+                    "compound ratio needs all of its groups. Take it out of the team, or train it."
+                )
+            first, *others = (batch.get(("next", group, "reward"), None) for group in team)
+            for group, reward in zip(team[1:], others, strict=True):
+                if first is None or reward is None:
+                    continue  # a reward at the root belongs to all groups
+                if not torch.allclose(first.mean(-2), reward.mean(-2), rtol=1e-4, atol=1e-5):
+                    raise ValueError(
+                        f"algorithm.teams: the groups {team[0]} and {group} are paid differently (their mean rewards "
+                        "differ in the first batch), so they have no joint advantage. Put only groups with the same "
+                        "reward into a team."
+                    )
+        self.guard.checks.remove(self._check_team_rewards)
+
+    ######
+    # Loss
+    ######
+
+    def _get_loss(self, group: str, policy_for_loss: TensorDictModule, continuous: bool) -> tuple[LossModule, bool]:
+        policy = GroupPolicy(
+            policy_for_loss,
+            n_agents=len(self.group_map[group]),
+            example=self._example(group),
+            make_twin=self._twin_maker(group, policy_for_loss, continuous),
+        )
+        self._policies[group] = policy
+        if policy.shared:
+            self._warn_of_shared_policy(group)
+        return super()._get_loss(group, policy_for_loss, continuous)
+
+    def _get_parameters(self, group: str, loss: LossModule) -> dict[str, list]:
+        """One optimizer per agent (one Adam for all would move the others by stale momentum), and the critic's."""
+        critic = {"loss_critic": list(loss.critic_network_params.flatten_keys().values())}
+        agents = self._policies[group].agents
+        if self._policies[group].shared:
+            return {f"{POLICY_PHASE}shared": agents[0].parameters, **critic}
+        return {f"{POLICY_PHASE}agent_{agent.index}": agent.parameters for agent in agents} | critic
+
+    def _warn_of_shared_policy(self, group: str) -> None:
+        asked = self.experiment_config.share_policy_params
+        cause = "experiment.share_policy_params is True" if asked else "this model mixes the parameters of the agents"
+        cure = (
+            "Set experiment.share_policy_params=False." if asked else "Use a model without such a layer (an MLP, say)."
+        )
+        warnings.warn(
+            f"{type(self).__name__}: the agents of group {group} share policy parameters ({cause}). The update of one "
+            "agent then moves the others too, and the argument for monotonic improvement, which needs one policy per "
+            "agent, does not hold. The agents will take turns within each minibatch, and the one network makes "
+            f"{len(self.group_map[group])} times as many steps as MAPPO's. {cure}",
+            stacklevel=2,
+        )
+
+    def _example(self, group: str) -> TensorDict:
+        """A random input of the group's policy, to probe it with."""
+        shape = (2, 3) if self.has_rnn else (4,)
+        example = TensorDict({}, batch_size=shape, device=self.device)
+        agents = self.observation_spec[group].rand(shape).to(self.device)
+        if self.action_mask_spec is not None and group in self.action_mask_spec.keys():
+            agents.update(self.action_mask_spec[group].to(self.device).one(shape))
+        example[group] = agents.apply(lambda x: x if x.dtype == torch.bool else x.float())
+        example["is_init"] = torch.zeros(*shape, 1, dtype=torch.bool, device=self.device)
+        return example
+
+    def _twin_maker(self, group: str, policy: TensorDictModule, continuous: bool):
+        """A function that makes the policy of one agent, without its distribution; None for graph networks.
+
+        Those keep one module per agent and look at all of them.
+        """
+        model = next(module for module in policy.modules() if isinstance(module, Model))
+        if any(isinstance(module, Gnn | Deepsets) for module in model.modules()):
+            return None
+
+        def of_one_agent(spec: Composite) -> Composite:
+            return Composite({group: spec[group][:1]})
+
+        def make_twin() -> TensorDictModuleBase:
+            twin = self.model_config.get_model(
+                input_spec=of_one_agent(model.input_spec),
+                output_spec=of_one_agent(model.output_spec),
+                agent_group=group,
+                input_has_agent_dim=True,
+                n_agents=1,
+                centralised=False,
+                share_params=True,
+                device=self.device,
+                action_spec=self.action_spec,
+            )
+            if not continuous:
+                return TensorDictSequential(twin)
+            extractor = TensorDictModule(
+                NormalParamExtractor(scale_mapping=self.scale_mapping),
+                in_keys=[(group, "logits")],
+                out_keys=[(group, "loc"), (group, "scale")],
+            )
+            return TensorDictSequential(twin, extractor)
+
+        return make_twin
+
+    ##############
+    # Policy phase
+    ##############
+
+    def process_batch(self, group: str, batch: TensorDictBase) -> TensorDictBase:
+        """MAPPO's advantages and value targets; then, with the last group of a team, the team's policy phase."""
+        batch = super().process_batch(group, batch)
+        self._batches[group] = batch
+        team = next(team for team in self.teams if group in team)
+        if group == [name for name in self.experiment.train_group_map if name in team][-1]:
+            self._policy_phase(team)
+        return batch
+
+    def _policy_phase(self, team: list[str]) -> None:
+        """Update the policies of the team's agents, one after another, on the batches of its groups."""
+        agents = self._agents(team)
+        chunk = self._minibatch_rows(agents)
+        for agent in agents:
+            remember_old_policy(agent, chunk)
+        order = self._order(len(agents))
+        if any(self._policies[group].shared for group in team):
+            infos = self._minibatch_sweeps(agents, order, chunk)
+        else:
+            step = MinibatchEpochs(self._gradient_step(), self.actor_epochs, chunk, self.generator)
+            infos = sweep(agents, order, step, self.clip_factor, chunk=chunk)
+        self._log(team, agents, infos, chunk)
+
+    def _minibatch_sweeps(self, agents: list[Agent], order: list[int], chunk: int) -> list[PositionInfo]:
+        """Shared policies: an update of one agent moves the others, so the sweep runs within each minibatch.
+
+        Source: reconstructed after Le & Ta's shared variant, whose running product is never reset; here M starts at 1
+        in every minibatch.
+        """
+        infos, step = [], self._gradient_step()
+        for rows in minibatches(len(agents[0].data), self.actor_epochs, chunk, self.generator):
+            infos += sweep(agents, order, step, self.clip_factor, rows)
+        return infos
+
+    def _agents(self, team: list[str]) -> list[Agent]:
+        batches = {group: self._batches.pop(group) for group in team}
+        if not self.has_rnn:
+            batches = {group: batch.reshape(-1) for group, batch in batches.items()}
+        batches = {group: self._transformed(group, batch) for group, batch in batches.items()}
+        advantages = self._advantages(batches)
+        agents = []
+        for group, batch in batches.items():
+            policy = self._policies[group]
+            actions = policy.head.base_action(batch[group, "action"])
+            for agent in policy.agents:
+                data = TensorDict(
+                    {
+                        "inputs": agent.inputs(batch),
+                        "action": actions.select(batch.ndim, agent.index),
+                        "advantage": advantages[..., len(agents), 0],
+                    },
+                    batch_size=batch.batch_size,
+                )
+                if (group, "mask") in batch.keys(True):
+                    data["mask"] = batch[group, "mask"].select(batch.ndim, agent.index)
+                agents.append(Agent(agent, self._optimizer(group, agent.index), data))
+        return agents
+
+    def _transformed(self, group: str, batch: TensorDictBase) -> TensorDictBase:
+        """What the task's replay-buffer transforms do to a sample (images to floats, for instance)."""
+        transforms = self.experiment.task.get_replay_buffer_transforms(self.experiment.test_env, group)
+        for transform in transforms:
+            batch = transform(batch.copy())
+        return batch
+
+    def _advantages(self, batches: dict[str, TensorDictBase]) -> Tensor:
+        """The advantages of all agents of the team, [*, N, 1]."""
+        advantage = torch.cat([batch[group, "advantage"] for group, batch in batches.items()], -2)
+        masks = [
+            batch.get((group, "mask"), torch.ones_like(batch[group, "advantage"][..., 0], dtype=torch.bool))
+            for group, batch in batches.items()
+        ]
+        mask = torch.cat(masks, -1)
+        if self.advantage == "team":
+            advantage = F.team_advantage(advantage, mask)
+        return F.normalize_advantage(advantage, self.normalize_advantage, mask)
+
+    def _optimizer(self, group: str, agent: int) -> torch.optim.Optimizer:
+        shared = self._policies[group].shared
+        return self.experiment.optimizers[group][f"{POLICY_PHASE}shared" if shared else f"{POLICY_PHASE}agent_{agent}"]
+
+    def _gradient_step(self) -> GradientStep:
+        config = self.experiment_config
+        by_norm = config.clip_grad_norm and config.clip_grad_val is not None
+        return GradientStep(
+            surrogate=self.surrogate,
+            epsilon=self.clip_epsilon,
+            entropy_coef=self.entropy_coef,
+            max_grad_norm=config.clip_grad_val if by_norm else None,
+            max_grad_value=None if by_norm else config.clip_grad_val,
+        )
+
+    def _minibatch_rows(self, agents: list[Agent]) -> int:
+        """Rows per minibatch: steps, or whole sequences for recurrent policies, counted as BenchMARL counts them."""
+        if not self.has_rnn:
+            return self.minibatch_frames
+        return -(-self.minibatch_frames // agents[0].data.shape[1])
+
+    def _order(self, size: int) -> list[int]:
+        if self.fixed_order is True:
+            return list(range(size))
+        if self.fixed_order is False:
+            return torch.randperm(size, generator=self.generator, device=self.device).tolist()
+        return list(self.fixed_order)
+
+    #########
+    # Logging
+    #########
+
+    @torch.no_grad()
+    def _log(self, team: list[str], agents: list[Agent], infos: list[PositionInfo], chunk: int) -> None:
+        """Log what happened, with one transfer to the host."""
+        metrics: dict[str, Tensor] = {}
+        names = [(group, i) for group in team for i in range(len(self.group_map[group]))]
+        for k, (group, i) in enumerate(names):
+            own = [info.step for info in infos if info.agent == k]
+            values = self._agent_metrics(agents[k], chunk)
+            values["loss"] = torch.stack([step.loss for step in own]).mean()
+            values["grad_norm"] = torch.stack([step.grad_norm for step in own]).mean()
+            values["skipped"] = torch.stack([~step.finite for step in own]).sum()
+            metrics |= {f"{group}/policy/{name}_agent_{i}": value for name, value in values.items()}
+        n = len(agents)
+        for position in range(n):
+            here = infos[position::n]  # one for separate policies, one per minibatch for shared ones
+            stats = {
+                "factor_mean": torch.stack([info.factor_mean for info in here]).mean(),
+                "factor_max": torch.stack([info.factor_max for info in here]).max(),
+                "factor_ess": torch.stack([info.factor_ess for info in here]).mean(),
+                "advantage_variance": torch.stack([info.advantage_variance for info in here]).mean(),
+                "order": torch.tensor(here[0].agent, device=self.device),
+            }
+            metrics |= {f"{'+'.join(team)}/policy/{k}_position_{position}": v for k, v in stats.items()}
+        values = torch.stack([value.to(torch.float64) for value in metrics.values()]).tolist()
+        self._write(team, dict(zip(metrics, values, strict=True)))
+
+    def _write(self, team: list[str], metrics: dict[str, float]) -> None:
+        for group in team:  # means over the group's agents beside the single ones
+            for name in ("kl", "clip_fraction", "entropy", "loss", "grad_norm"):
+                single = [metrics[f"{group}/policy/{name}_agent_{i}"] for i in range(len(self.group_map[group]))]
+                metrics[f"{group}/policy/{name}"] = sum(single) / len(single)
+            skipped = [metrics.pop(f"{group}/policy/skipped_agent_{i}") for i in range(len(self.group_map[group]))]
+            self.guard.skipped[group] += int(sum(skipped))
+        name = f"{'+'.join(team)}/policy/advantage_variance"
+        variances = [value for key, value in metrics.items() if key.startswith(f"{name}_position_")]
+        metrics[name] = sum(variances) / len(variances)
+        self.experiment.logger.log(
+            {f"train/{key}": value for key, value in metrics.items()}, step=self.experiment.n_iters_performed
+        )
+
+    def _agent_metrics(self, agent: Agent, chunk: int) -> dict[str, Tensor]:
+        mask = agent.data.get("mask", None)
+        old = tuple(agent.data[f"old_{i}"] for i in range(len(agent.policy.head.keys)))
+        parts = [agent.policy.forward(part) for part in agent.data["inputs"].split(chunk)]
+        new = tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        log_ratio = current_log_ratio(agent, agent.data, chunk)
+        low, high = F.SURROGATES["clip"].log_bounds(self.clip_epsilon, self.clip_epsilon)
+        outside = ((log_ratio < low) | (log_ratio > high)).to(log_ratio.dtype)
+        return {
+            "kl": F.masked_mean(agent.policy.kl(old, new), mask),
+            "clip_fraction": F.masked_mean(outside, mask),
+            "entropy": F.masked_mean(agent.policy.entropy(new), mask),
+        }
+
+
+@dataclass
+class SequentialConfig(TrustRegionConfig):
+    """What the configurations of all sequential algorithms have; :class:`Sequential` says what the keys mean."""
+
+    actor_epochs: int | None = MISSING
+    actor_minibatch_size: int | None = MISSING
+    fixed_order: Any = MISSING
+    advantage: str = MISSING
+    teams: list[list[str]] | None = MISSING
