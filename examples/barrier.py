@@ -15,8 +15,9 @@ authors' own code. Run it with
     python examples/barrier.py
     python examples/barrier.py --task navigation --lr 1e-3 --seeds 0 1 --frames 60000 --output outputs/navigation
 
-TIMING It prints a table and writes it as ``barrier.csv``, with the curves in
-``barrier.png``, into the output folder, beside BenchMARL's logs.
+A run of the default 120 000 frames takes about 80 seconds on one CPU core, the first command (four arms, three seeds)
+a quarter of an hour. It prints a table and writes it as ``barrier.csv``, with the curves in ``barrier.png``, into the
+output folder, beside BenchMARL's logs. Matplotlib is needed.
 """
 
 import argparse
@@ -180,7 +181,7 @@ def save_picture(arms: dict[str, list[dict]], title: str, path: Path) -> None:
     panels = {
         "log10_ratio_min": ("log10 of the smallest ratio", "frames", {"value": "symlog", "linthresh": 1}),
         "collapsed": (f"share of ratios below {COLLAPSED}", "frames", {"value": "linear"}),
-        "kl": ("KL(old, new), nats", "frames", {"value": "symlog", "linthresh": 0.01}),
+        "kl": ("KL (kl_approx), nats", "frames", {"value": "symlog", "linthresh": 0.01}),
         "return": ("return", "evaluation_frames", {"value": "linear"}),
     }
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), sharex=True, layout="constrained")

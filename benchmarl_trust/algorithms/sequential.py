@@ -30,9 +30,12 @@ from benchmarl_trust.updates import (
     GroupPolicy,
     MinibatchEpochs,
     PositionInfo,
-    current_log_ratio,
-    minibatches,
+    forward,
+    fused,
+    log_ratio_of,
+    old_outputs,
     remember_old_policy,
+    shuffles,
     sweep,
 )
 
@@ -265,8 +268,9 @@ class Sequential(TrustRegion):
         in every minibatch.
         """
         infos, step = [], self._gradient_step()
-        for rows in minibatches(len(agents[0].data), self.actor_epochs, chunk, self.generator):
-            infos += sweep(agents, order, step, self.clip_factor, rows)
+        for permutation in shuffles(len(agents[0].data), self.actor_epochs, self.generator):
+            for rows in permutation.split(chunk):
+                infos += sweep(agents, order, step, self.clip_factor, rows)
         return infos
 
     def _agents(self, team: list[str]) -> list[Agent]:
@@ -313,8 +317,8 @@ class Sequential(TrustRegion):
         return F.normalize_advantage(advantage, self.normalize_advantage, mask)
 
     def _optimizer(self, group: str, agent: int) -> torch.optim.Optimizer:
-        shared = self._policies[group].shared
-        return self.experiment.optimizers[group][f"{POLICY_PHASE}shared" if shared else f"{POLICY_PHASE}agent_{agent}"]
+        name = "shared" if self._policies[group].shared else f"agent_{agent}"
+        return fused(self.experiment.optimizers[group][f"{POLICY_PHASE}{name}"])
 
     def _gradient_step(self) -> GradientStep:
         config = self.experiment_config
@@ -350,11 +354,12 @@ class Sequential(TrustRegion):
         metrics: dict[str, Tensor] = {}
         names = [(group, i) for group in team for i in range(len(self.group_map[group]))]
         for k, (group, i) in enumerate(names):
-            own = [info.step for info in infos if info.agent == k]
-            values = self._agent_metrics(agents[k], chunk)
-            values["loss"] = torch.stack([step.loss for step in own]).mean()
-            values["grad_norm"] = torch.stack([step.grad_norm for step in own]).mean()
-            values["skipped"] = torch.stack([~step.finite for step in own]).sum()
+            own = [info for info in infos if info.agent == k]
+            outputs = own[-1].outputs if len(own) == 1 else forward(agents[k], agents[k].data, chunk)
+            values = self._agent_metrics(agents[k], outputs)
+            values["loss"] = torch.stack([info.step.loss for info in own]).mean()
+            values["grad_norm"] = torch.stack([info.step.grad_norm for info in own]).mean()
+            values["skipped"] = torch.stack([~info.finite for info in own]).sum()
             metrics |= {f"{group}/policy/{name}_agent_{i}": value for name, value in values.items()}
         n = len(agents)
         for position in range(n):
@@ -384,18 +389,15 @@ class Sequential(TrustRegion):
             {f"train/{key}": value for key, value in metrics.items()}, step=self.experiment.n_iters_performed
         )
 
-    def _agent_metrics(self, agent: Agent, chunk: int) -> dict[str, Tensor]:
+    def _agent_metrics(self, agent: Agent, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
         mask = agent.data.get("mask", None)
-        old = tuple(agent.data[f"old_{i}"] for i in range(len(agent.policy.head.keys)))
-        parts = [agent.policy.forward(part) for part in agent.data["inputs"].split(chunk)]
-        new = tuple(torch.cat(part) for part in zip(*parts, strict=True))
-        log_ratio = current_log_ratio(agent, agent.data, chunk)
+        log_ratio = log_ratio_of(agent, agent.data, outputs)
         low, high = F.SURROGATES["clip"].log_bounds(self.clip_epsilon, self.clip_epsilon)
         outside = ((log_ratio < low) | (log_ratio > high)).to(log_ratio.dtype)
         return {
-            "kl": F.masked_mean(agent.policy.kl(old, new), mask),
+            "kl": F.masked_mean(agent.policy.kl(old_outputs(agent.data), outputs), mask),
             "clip_fraction": F.masked_mean(outside, mask),
-            "entropy": F.masked_mean(agent.policy.entropy(new), mask),
+            "entropy": F.masked_mean(agent.policy.entropy(outputs), mask),
         }
 
 

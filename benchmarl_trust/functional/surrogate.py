@@ -40,14 +40,10 @@ def clip_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tensor) -> 
     """
     high, low = _log1p(epsilon), _log1p(-epsilon)
 
-    # The minimum is r A capped on the side towards which A pushes the ratio.
-    def value(x: Tensor) -> Tensor:
-        return torch.where(advantage >= 0, x.clamp(max=high), x.clamp(min=low)).exp() * advantage
-
-    def slope(x: Tensor) -> Tensor:
-        return torch.where(torch.where(advantage >= 0, x > high, x < low), 0, x.exp() * advantage)
-
-    return _linear_beyond(value, slope, log_ratio, low=-math.inf)
+    # The minimum is r A with the ratio capped on the side towards which A pushes it.
+    bounded = torch.where(advantage >= 0, log_ratio.clamp(max=high), log_ratio.clamp(min=low))
+    inner = bounded.clamp(max=LINEAR_BEYOND)
+    return inner.exp() * (1 + bounded - inner) * advantage
 
 
 def quadratic_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tensor) -> Tensor:

@@ -1,12 +1,14 @@
 """Stateful procedures over one batch. They know TensorDicts and policies, but not BenchMARL."""
 
-from benchmarl_trust.updates.adam import GradientStep, MinibatchEpochs, mean_info, minibatches
+from benchmarl_trust.updates.adam import GradientStep, MinibatchEpochs, fused, shuffles
 from benchmarl_trust.updates.policy import AgentPolicy, GroupPolicy
 from benchmarl_trust.updates.sweep import (
     Agent,
     PositionInfo,
     StepInfo,
-    current_log_ratio,
+    forward,
+    log_ratio_of,
+    old_outputs,
     remember_old_policy,
     sweep,
 )
@@ -19,9 +21,11 @@ __all__ = [
     "MinibatchEpochs",
     "PositionInfo",
     "StepInfo",
-    "current_log_ratio",
-    "mean_info",
-    "minibatches",
+    "forward",
+    "fused",
+    "log_ratio_of",
+    "old_outputs",
     "remember_old_policy",
+    "shuffles",
     "sweep",
 ]

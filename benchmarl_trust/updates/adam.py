@@ -1,5 +1,6 @@
 """One agent's gradient steps on a surrogate gain, by the optimizer that it is given."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,16 +32,15 @@ class GradientStep:
     max_grad_norm: float | None = None
     max_grad_value: float | None = None
 
-    def __call__(self, agent: Agent, data: TensorDict, weight: Tensor) -> StepInfo:
+    def __call__(self, agent: Agent, data: Mapping, weight: Tensor) -> StepInfo:
         """Step on all rows of ``data``, weighted by ``weight`` [*]."""
         loss = self.loss(agent, data, weight)
         agent.policy.backward(loss)
         grad_norm = self._clip(agent.policy.parameters)
         agent.optimizer.step()
-        loss = loss.detach()
-        return StepInfo(loss, grad_norm, loss.isfinite() & grad_norm.isfinite())
+        return StepInfo(loss.detach(), grad_norm)
 
-    def loss(self, agent: Agent, data: TensorDict, weight: Tensor) -> Tensor:
+    def loss(self, agent: Agent, data: Mapping, weight: Tensor) -> Tensor:
         """L_i, with the graph to the agent's parameters."""
         mask = data.get("mask", None)
         outputs = agent.policy.forward(data["inputs"])
@@ -77,28 +77,38 @@ class MinibatchEpochs:
     generator: torch.Generator
 
     def __call__(self, agent: Agent, data: TensorDict, weight: Tensor) -> StepInfo:
-        """Take the steps; the losses and gradient norms of the result are means over them."""
-        needed = ("inputs", "action", "advantage", "old_log_prob", "mask")
-        data = data.select(*needed, strict=False).set("weight", weight)
+        """Take the steps; the loss and the gradient norm of the result are means over them."""
+        # One gather per epoch and a plain dictionary per minibatch: TensorDicts would cost as much as the network.
+        columns = {key: data[key] for key in ("inputs", "action", "advantage", "old_log_prob")} | {"weight": weight}
+        if "mask" in data.keys():
+            columns["mask"] = data["mask"]
         infos = []
-        for rows in minibatches(len(data), self.epochs, self.minibatch, self.generator):
-            part = data[rows]
-            infos.append(self.step(agent, part, part["weight"]))
-        return mean_info(infos)
+        for rows in shuffles(len(data), self.epochs, self.generator):
+            parts = zip(*(column[rows].split(self.minibatch) for column in columns.values()), strict=True)
+            for part in parts:
+                minibatch = dict(zip(columns, part, strict=True))
+                infos.append(self.step(agent, minibatch, minibatch.pop("weight")))
+        return StepInfo(*(torch.stack(values).mean() for values in zip(*infos, strict=True)))
 
 
-def minibatches(rows: int, epochs: int, size: int, generator: torch.Generator):
-    """Yield the indices of each minibatch of each epoch.
+def shuffles(rows: int, epochs: int, generator: torch.Generator):
+    """Yield a permutation of the rows for each epoch.
 
     Examples:
-        >>> [len(rows) for rows in minibatches(5, 2, 2, torch.Generator())]
-        [2, 2, 1, 2, 2, 1]
+        >>> [len(permutation) for permutation in shuffles(5, 2, torch.Generator())]
+        [5, 5]
     """
     for _ in range(epochs):
-        yield from torch.randperm(rows, generator=generator, device=generator.device).split(size)
+        yield torch.randperm(rows, generator=generator, device=generator.device)
 
 
-def mean_info(infos: list[StepInfo]) -> StepInfo:
-    """Means of losses and gradient norms; finite if all are."""
-    loss, grad_norm, finite = (torch.stack(column) for column in zip(*infos, strict=True))
-    return StepInfo(loss.mean(), grad_norm.mean(), finite.all())
+def fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The same Adam with PyTorch's fused step, unless its user chose an implementation or it has stepped before.
+
+    BenchMARL leaves the choice to PyTorch, which on a CPU loops over the parameters one operation at a time.
+    """
+    for group in optimizer.param_groups:
+        chosen = any(group.get(key) for key in ("foreach", "fused", "capturable", "differentiable"))
+        if not optimizer.state and not chosen and all(p.is_floating_point() for p in group["params"]):
+            group["fused"] = True
+    return optimizer

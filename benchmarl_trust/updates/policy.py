@@ -7,6 +7,7 @@ Shapes: [*] is [B], or [B, T] for recurrent policies; N the agents of the group.
 """
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -169,7 +170,7 @@ class GroupPolicy:
 
     def _twins(self, prototype: TensorDictModuleBase, named: dict[str, nn.Parameter]) -> list[AgentPolicy] | None:
         """One-agent policies on the group's own memory, or None if their parameters do not correspond."""
-        if [name for name, _ in prototype.named_parameters()] != list(named):
+        if [_within_sequence(name) for name, _ in prototype.named_parameters()] != list(map(_within_sequence, named)):
             return None
         bodies = [prototype if self.shared or i == 0 else copy.deepcopy(prototype) for i in range(self.n_agents)]
         for i, body in enumerate(bodies):
@@ -189,6 +190,11 @@ class GroupPolicy:
                 if x.shape != y.shape or not torch.allclose(x, y, rtol=1e-4, atol=1e-5):
                     return False
         return True
+
+
+def _within_sequence(name: str) -> str:
+    """A parameter's name less the places of its module in sequences of modules, which nest as they happen to."""
+    return re.sub(r"^(module\.\d+\.)+", "", name)
 
 
 def _others(agent: int, n_agents: int) -> list[int]:

@@ -32,15 +32,24 @@ class Agent(NamedTuple):
 
 
 class StepInfo(NamedTuple):
-    """What one agent's step leaves behind: scalars on the agent's device."""
+    """What one agent's step leaves behind: scalars on the agent's device, not finite if anything in it was not."""
 
     loss: Tensor
     grad_norm: Tensor
-    finite: Tensor
 
 
 class PositionInfo(NamedTuple):
-    """What the agent at one position of the order met: scalars, and the agent's index in the team."""
+    """What the agent at one position of the order met and did.
+
+    Attributes:
+        agent (int): its index in the team.
+        factor_mean, factor_max, factor_ess (Tensor): of M, over the rows.
+        advantage_variance (Tensor): Var(w(M) A).
+        step (StepInfo): its step.
+        finite (Tensor): False if the step was undone.
+        log_ratio (Tensor): its log-ratio after the step, [*].
+        outputs (tuple of Tensor): its distribution's parameters after the step, each [*, ...].
+    """
 
     agent: int
     factor_mean: Tensor
@@ -48,6 +57,9 @@ class PositionInfo(NamedTuple):
     factor_ess: Tensor
     advantage_variance: Tensor
     step: StepInfo
+    finite: Tensor
+    log_ratio: Tensor
+    outputs: tuple[Tensor, ...]
 
 
 Step = Callable[[Agent, TensorDict, Tensor], StepInfo]
@@ -85,14 +97,14 @@ def sweep(
         if log_factor is None:
             log_factor = torch.zeros_like(data["old_log_prob"])
         weight = F.factor_weight(log_factor, clip_factor)
-        info, log_ratio = _step_or_undo(step, agent, data, weight, chunk)
-        infos.append(_position(i, log_factor, weight, data, info))
-        log_factor = log_factor + log_ratio
+        after = _step_or_undo(step, agent, data, weight, chunk)
+        infos.append(PositionInfo(i, *_factor_statistics(log_factor, weight, data), *after))
+        log_factor = log_factor + infos[-1].log_ratio
     return infos
 
 
 @torch.no_grad()
-def remember_old_policy(agent: Agent, chunk: int) -> None:
+def remember_old_policy(agent: Agent, chunk: int | None = None) -> None:
     """Store the log-probs and distribution of the policy as it is now: π_old of this iteration.
 
     They are computed on the batch rather than taken from collection: a recurrent policy, which training runs from a
@@ -100,44 +112,54 @@ def remember_old_policy(agent: Agent, chunk: int) -> None:
 
     Args:
         agent (Agent): its ``data`` gets ``old_log_prob`` and ``old_0``, ``old_1``.
-        chunk (int): rows per forward pass, which bounds the memory.
+        chunk (int, optional): rows per forward pass, which bounds the memory.
     """
-    outputs = _forward_in_chunks(agent, agent.data, chunk)
+    outputs = forward(agent, agent.data, chunk)
     agent.data["old_log_prob"] = agent.policy.log_prob(outputs, agent.data["action"])
     for i, output in enumerate(outputs):
         agent.data[f"old_{i}"] = output
 
 
+def old_outputs(data: TensorDict) -> tuple[Tensor, ...]:
+    """The old distribution's parameters that :func:`remember_old_policy` stored."""
+    return tuple(data[key] for key in ("old_0", "old_1") if key in data.keys())
+
+
 @torch.no_grad()
-def current_log_ratio(agent: Agent, data: TensorDict, chunk: int | None = None) -> Tensor:
-    """The log-ratio log π - log π_old on the given rows, [*]; 0 where the agent is absent."""
-    outputs = _forward_in_chunks(agent, data, chunk)
-    log_prob = agent.policy.log_prob(outputs, data["action"])
-    return F.log_ratio(log_prob, data["old_log_prob"], data.get("mask", None))
-
-
-def _forward_in_chunks(agent: Agent, data: TensorDict, chunk: int | None) -> tuple[Tensor, ...]:
+def forward(agent: Agent, data: TensorDict, chunk: int | None = None) -> tuple[Tensor, ...]:
+    """The distribution's parameters for this agent as its policy is now, each [*, ...]."""
     if chunk is None or chunk >= len(data):
         return agent.policy.forward(data["inputs"].copy())
     parts = [agent.policy.forward(part) for part in data["inputs"].split(chunk)]
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
+@torch.no_grad()
+def log_ratio_of(agent: Agent, data: TensorDict, outputs: tuple[Tensor, ...]) -> Tensor:
+    """The log-ratio log π - log π_old on the given rows, [*]; 0 where the agent is absent."""
+    log_prob = agent.policy.log_prob(outputs, data["action"])
+    return F.log_ratio(log_prob, data["old_log_prob"], data.get("mask", None))
+
+
 def _step_or_undo(
     step: Step, agent: Agent, data: TensorDict, weight: Tensor, chunk: int | None
-) -> tuple[StepInfo, Tensor]:
+) -> tuple[StepInfo, Tensor, Tensor, tuple[Tensor, ...]]:
     """Take the step; if anything in it was not finite, put parameters and optimizer state back, bit for bit.
 
     The choice is made by ``torch.where`` on the device: the host waits for nothing.
+
+    Returns: the step's info, whether it was finite, and log-ratio and outputs after it.
     """
     before = {id(tensor): tensor.detach().clone() for tensor in _state(agent)}
     info = step(agent, data, weight)
-    log_ratio = current_log_ratio(agent, data, chunk)
-    finite = info.finite & log_ratio.isfinite().all()
+    outputs = forward(agent, data, chunk)
+    log_ratio = log_ratio_of(agent, data, outputs)
+    finite = info.loss.isfinite() & info.grad_norm.isfinite() & log_ratio.isfinite().all()
     for tensor in _state(agent):
         old = before.get(id(tensor), 0)  # a moment that was made in this step was zero before it
         tensor.data.copy_(torch.where(finite.to(tensor.device), tensor, old))
-    return info._replace(finite=finite), torch.where(finite, log_ratio, 0)
+    outputs = tuple(torch.where(finite, new, old) for new, old in zip(outputs, old_outputs(data), strict=True))
+    return info, finite, torch.where(finite, log_ratio, 0), outputs
 
 
 def _state(agent: Agent) -> list[Tensor]:
@@ -151,18 +173,16 @@ def _state(agent: Agent) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _position(i: int, log_factor: Tensor, weight: Tensor, data: TensorDict, step: StepInfo) -> PositionInfo:
+def _factor_statistics(log_factor: Tensor, weight: Tensor, data: TensorDict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean, maximum and effective sample size of M, and Var(w(M) A)."""
     mask = data.get("mask", None)
     factor = log_factor.exp()
     weighted = weight * data["advantage"]
-    mean = F.masked_mean(weighted, mask)
-    return PositionInfo(
-        agent=i,
-        factor_mean=F.masked_mean(factor, mask),
-        factor_max=factor.max() if mask is None else torch.where(mask, factor, 0).max(),
-        factor_ess=F.effective_sample_size(
-            log_factor.reshape(-1, 1), None if mask is None else mask.reshape(-1, 1)
-        ).squeeze(),
-        advantage_variance=F.masked_mean((weighted - mean).square(), mask),
-        step=step,
+    centred = weighted - F.masked_mean(weighted, mask)
+    as_column = None if mask is None else mask.reshape(-1, 1)
+    return (
+        F.masked_mean(factor, mask),
+        factor.max() if mask is None else torch.where(mask, factor, 0).max(),
+        F.effective_sample_size(log_factor.reshape(-1, 1), as_column).squeeze(),
+        F.masked_mean(centred.square(), mask),
     )

@@ -1,0 +1,154 @@
+"""Times one iteration's training: stock MAPPO, HAPPO, and a minimal plain-PyTorch loop of HAPPO's policy updates.
+
+    python benchmarks/sequential_update.py --agents 2 4 8 16
+
+All three train on the same collected batch (VMAS balance, 60 environments x 100 steps, separate policies), one after
+the other and several times over, in one process; medians and their ratios are printed. Absolute times depend on the
+machine and on what else it does: compare the ratios.
+
+(a)  stock MAPPO: BenchMARL's loop, actors and critic.
+(b)  HAPPO: its policy phase and its critic phase; "policy" is the policy phase alone.
+(c)  HAPPO's policy updates and nothing else, written by hand: per-agent leaves, one gather per epoch, fused Adam.
+"""
+
+import argparse
+import resource
+import statistics
+import tempfile
+import time
+import warnings
+
+import torch
+from benchmarl.algorithms import Mappo, MappoConfig
+from benchmarl.environments import VmasTask
+from benchmarl.experiment import Experiment, ExperimentConfig
+from benchmarl.models.mlp import MlpConfig
+from tensordict.nn.utils import mappings
+
+from benchmarl_trust import HappoConfig
+
+EPOCHS, MINIBATCH, ENVIRONMENTS, STEPS, EPSILON = 15, 400, 60, 100, 0.2
+
+
+def make_experiment(algorithm, n_agents: int, device: str, folder: str) -> Experiment:
+    """An experiment that has collected nothing yet."""
+    config = ExperimentConfig.get_from_yaml()
+    config.sampling_device = config.train_device = config.buffer_device = device
+    config.share_policy_params = False
+    config.on_policy_collected_frames_per_batch = ENVIRONMENTS * STEPS
+    config.on_policy_n_envs_per_worker = ENVIRONMENTS
+    config.on_policy_n_minibatch_iters, config.on_policy_minibatch_size = EPOCHS, MINIBATCH
+    config.evaluation, config.loggers, config.create_json = False, [], False
+    config.save_folder = folder
+    task = VmasTask.BALANCE.get_from_yaml()
+    task.config.update(n_agents=n_agents, max_steps=STEPS)
+    return Experiment(task, algorithm, MlpConfig.get_from_yaml(), seed=0, config=config)
+
+
+def train(experiment: Experiment, batch, synchronize) -> tuple[float, float]:
+    """What BenchMARL's loop does with a collected batch; seconds for all of it, and for ``process_batch`` alone."""
+    start = time.perf_counter()
+    group_batch = experiment.algorithm.process_batch("agents", batch.clone())
+    synchronize()
+    processed = time.perf_counter()
+    experiment.replay_buffers["agents"].extend(group_batch.reshape(-1))
+    for _ in range(EPOCHS * -(-ENVIRONMENTS * STEPS // MINIBATCH)):
+        experiment._optimizer_loop("agents")
+    synchronize()
+    return time.perf_counter() - start, processed - start
+
+
+def log_prob(layers, x, a, raw_to_scale):
+    """The log-prob of one agent's actions before squashing, up to a constant."""
+    (w1, b1), (w2, b2), (w3, b3) = layers
+    hidden = torch.tanh(torch.nn.functional.linear(x, w1, b1))
+    hidden = torch.tanh(torch.nn.functional.linear(hidden, w2, b2))
+    loc, raw = torch.nn.functional.linear(hidden, w3, b3).chunk(2, -1)
+    scale = raw_to_scale(raw)
+    return (-0.5 * ((a - loc) / scale).square() - scale.log()).sum(-1)
+
+
+def minimal(observation, action, advantage, layers, optimizers, raw_to_scale):
+    """HAPPO's policy updates by hand. ``layers`` are the leaves of each agent, ``action`` is before squashing."""
+    with torch.no_grad():
+        old_log_prob = [log_prob(*x, raw_to_scale) for x in zip(layers, observation, action, strict=True)]
+    log_factor = torch.zeros_like(advantage[0])
+    for i in torch.randperm(len(layers)).tolist():
+        weight, leaves = log_factor.exp(), [p for layer in layers[i] for p in layer]
+        for _ in range(EPOCHS):
+            rows = torch.randperm(len(weight), device=weight.device)
+            columns = (observation[i], action[i], old_log_prob[i], advantage[i], weight)
+            for x, a, old, adv, w in zip(*(c[rows].split(MINIBATCH) for c in columns), strict=True):
+                ratio = (log_prob(layers[i], x, a, raw_to_scale) - old).exp()
+                gain = torch.minimum(ratio * adv, ratio.clamp(1 - EPSILON, 1 + EPSILON) * adv)
+                optimizers[i].zero_grad()
+                (-(w * gain).mean()).backward()
+                torch.nn.utils.clip_grad_norm_(leaves, 5)
+                optimizers[i].step()
+        with torch.no_grad():
+            log_factor += log_prob(layers[i], observation[i], action[i], raw_to_scale) - old_log_prob[i]
+
+
+def make_minimal(experiment: Experiment, batch, device: str):
+    """A function that runs :func:`minimal` on the data of HAPPO's policy phase."""
+    algorithm = experiment.algorithm
+    algorithm._batches["agents"] = Mappo.process_batch(algorithm, "agents", batch.clone())
+    agents = algorithm._agents(["agents"])
+    layers, optimizers = [], []
+    for agent in agents:
+        leaves = [torch.nn.Parameter(p.detach().clone()) for p in agent.policy.parameters]
+        layers.append(list(zip(leaves[::2], leaves[1::2], strict=True)))
+        optimizers.append(torch.optim.Adam(leaves, lr=5e-5, eps=1e-6, fused=True))
+    observation = [agent.data["inputs", "agents", "observation"].squeeze(-2) for agent in agents]
+    action = [agent.data["action"] for agent in agents]
+    advantage = [agent.data["advantage"] for agent in agents]
+    raw_to_scale = mappings(algorithm.scale_mapping)
+
+    return lambda: minimal(observation, action, advantage, layers, optimizers, raw_to_scale)
+
+
+def compare(n_agents: int, repeats: int, device: str) -> dict[str, float]:
+    """Median seconds of each, for a number of agents."""
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    with tempfile.TemporaryDirectory() as folder:
+        mappo = make_experiment(MappoConfig.get_from_yaml(), n_agents, device, folder)
+        happo = make_experiment(HappoConfig.get_from_yaml(), n_agents, device, folder)
+        batch = next(iter(mappo.collector)).exclude("info", ("agents", "info"), ("next", "agents", "info"))
+        hand = make_minimal(happo, batch, device)
+        times: dict[str, list[float]] = {"mappo": [], "happo": [], "happo policy": [], "minimal": []}
+        for _ in range(repeats + 1):  # the first round warms up
+            times["mappo"].append(train(mappo, batch, synchronize)[0])
+            both, policy = train(happo, batch, synchronize)
+            times["happo"].append(both)
+            times["happo policy"].append(policy)
+            start = time.perf_counter()
+            hand()
+            synchronize()
+            times["minimal"].append(time.perf_counter() - start)
+        mappo.close()
+        happo.close()
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--agents", type=int, nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.device}; medians in seconds")
+    print(f"{'N':>3}{'(a) MAPPO':>11}{'(b) HAPPO':>11}{'policy':>9}{'(c) minimal':>13}{'b/a':>8}{'policy/c':>10}")
+    for n_agents in arguments.agents:
+        t = compare(n_agents, arguments.repeats, arguments.device)
+        print(
+            f"{n_agents:>3}{t['mappo']:>11.2f}{t['happo']:>11.2f}{t['happo policy']:>9.2f}{t['minimal']:>13.2f}"
+            f"{t['happo'] / t['mappo']:>8.2f}{t['happo policy'] / t['minimal']:>10.2f}",
+            flush=True,
+        )
+    print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()
