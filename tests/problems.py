@@ -1,0 +1,145 @@
+"""Small policies in float64 with a batch each, to check the sequential update against loops written by hand."""
+
+from typing import NamedTuple
+
+import torch
+from benchmarl.models import CnnConfig, GnnConfig, GruConfig, LstmConfig, MlpConfig
+from benchmarl.models.common import SequenceModelConfig
+from tensordict import TensorDict
+from tensordict.nn import (
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictSequential,
+)
+from tensordict.nn.distributions import NormalParamExtractor
+from torch import nn
+from torchrl.data import Composite, Unbounded
+from torchrl.modules import IndependentNormal, MaskedCategorical, TanhNormal
+
+from benchmarl_trust.updates import Agent, GroupPolicy
+
+N, FEATURES, ACTIONS, KINDS = 3, 4, 2, 5
+LAYERS = {"activation_class": nn.Tanh, "layer_class": nn.Linear}
+RNN = {"hidden_size": 6, "n_layers": 1, "bias": True, "dropout": 0, "compile": False}
+RNN |= {"mlp_num_cells": [5], "mlp_activation_class": nn.Tanh, "mlp_layer_class": nn.Linear}
+CNN = {"cnn_num_cells": [3], "cnn_kernel_sizes": 3, "cnn_strides": 1, "cnn_paddings": 0}
+CNN |= {"cnn_activation_class": nn.Tanh, "mlp_num_cells": [4], "mlp_activation_class": nn.Tanh}
+CNN |= {"mlp_layer_class": nn.Linear}
+
+
+def _mlp(*cells):
+    return MlpConfig(num_cells=list(cells), **LAYERS)
+
+
+def _gnn():
+    from torch_geometric.nn.conv import GATv2Conv
+
+    return GnnConfig(topology="full", self_loops=True, gnn_class=GATv2Conv)
+
+
+MODELS = {
+    "mlp": lambda: _mlp(8, 8),
+    "gru": lambda: GruConfig(**RNN),
+    "lstm": lambda: LstmConfig(**RNN),
+    "cnn": lambda: CnnConfig(**CNN),
+    "gru-mlp": lambda: SequenceModelConfig([GruConfig(**RNN), _mlp(4)], [5]),
+    "gnn": _gnn,
+    "gnn-mlp": lambda: SequenceModelConfig([_gnn(), _mlp(4)], [5]),
+    "mlp-gnn-mlp": lambda: SequenceModelConfig([_mlp(8), _gnn(), _mlp(4)], [5, 3]),
+}
+RECURRENT = ("gru", "lstm", "gru-mlp")
+
+
+class Problem(NamedTuple):
+    """A group's policy, its view by agent, and a batch collected by a policy nearby."""
+
+    policy: ProbabilisticTensorDictSequential
+    group: GroupPolicy
+    batch: TensorDict
+
+
+def make_problem(model="mlp", distribution="tanh", n_agents=N, shared=False, twin=True, rows=24, dtype=torch.float64):
+    torch.manual_seed(0)
+    shape = (rows // 4, 4) if model in RECURRENT else (rows,)
+    features = (8, 8, 3) if model == "cnn" else (FEATURES,)
+    config = MODELS[model]()
+
+    def body(n, share):
+        outputs = 2 * ACTIONS if distribution in ("tanh", "normal") else KINDS
+        spec = Composite(agents=Composite(observation=Unbounded((n, *features)), shape=(n,)))
+        network = config.get_model(
+            input_spec=spec,
+            output_spec=Composite(agents=Composite(logits=Unbounded((n, outputs)), shape=(n,))),
+            agent_group="agents",
+            input_has_agent_dim=True,
+            n_agents=n,
+            centralised=False,
+            share_params=share,
+            device="cpu",
+            action_spec=None,
+        )
+        if distribution in ("categorical", "masked"):
+            return TensorDictSequential(network).to(dtype)
+        keys = [("agents", "loc"), ("agents", "scale")]
+        return TensorDictSequential(
+            network, TensorDictModule(NormalParamExtractor("biased_softplus_1.0"), [("agents", "logits")], keys)
+        ).to(dtype)
+
+    policy = ProbabilisticTensorDictSequential(body(n_agents, shared), _head(distribution, n_agents, dtype))
+    batch = TensorDict(batch_size=shape)
+    batch["agents", "observation"] = torch.randn(*shape, n_agents, *features, dtype=dtype)
+    batch["agents", "action_mask"] = torch.rand(*shape, n_agents, KINDS) < 0.6
+    batch["agents", "action_mask"][..., 0] = True
+    batch["is_init"] = torch.zeros(*shape, 1, dtype=torch.bool)
+    if model in RECURRENT:
+        batch["is_init"][:, 0] = True
+        batch["is_init"][1, 2] = True
+    group = GroupPolicy(policy, n_agents, batch[:2], (lambda: body(1, True)) if twin else None)
+    with torch.no_grad():
+        policy(batch)
+    batch["advantage"] = torch.randn(*shape, n_agents, dtype=dtype)
+    return Problem(policy, group, batch)
+
+
+def _head(distribution, n_agents, dtype):
+    kinds = {
+        "tanh": TanhNormal,
+        "normal": IndependentNormal,
+        "categorical": torch.distributions.Categorical,
+        "masked": MaskedCategorical,
+    }
+    keys, kwargs = [("agents", "loc"), ("agents", "scale")], {}
+    if distribution == "tanh":
+        low = -torch.arange(1.0, n_agents * ACTIONS + 1, dtype=dtype).reshape(n_agents, ACTIONS)
+        kwargs = {"low": low, "high": -2 * low}
+    elif distribution == "categorical":
+        keys = [("agents", "logits")]
+    elif distribution == "masked":
+        keys = {"logits": ("agents", "logits"), "mask": ("agents", "action_mask")}
+    return ProbabilisticTensorDictModule(
+        keys,
+        [("agents", "action")],
+        distribution_class=kinds[distribution],
+        distribution_kwargs=kwargs,
+        return_log_prob=True,
+        log_prob_key=("agents", "log_prob"),
+    )
+
+
+def make_agents(problem, lr=1e-2, **adam):
+    """Agents with data and optimizers, as an algorithm would make them."""
+    actions = problem.group.head.base_action(problem.batch["agents", "action"])
+    shared = torch.optim.Adam(problem.group.agents[0].parameters, lr=lr, **adam) if problem.group.shared else None
+    agents = []
+    for agent in problem.group.agents:
+        data = TensorDict(
+            {
+                "inputs": agent.inputs(problem.batch),
+                "action": actions.select(problem.batch.ndim, agent.index),
+                "advantage": problem.batch["advantage"][..., agent.index],
+            },
+            batch_size=problem.batch.batch_size,
+        )
+        agents.append(Agent(agent, shared or torch.optim.Adam(agent.parameters, lr=lr, **adam), data))
+    return agents
