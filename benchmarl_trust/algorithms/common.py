@@ -41,6 +41,7 @@ class TrustRegion(Mappo):
     """
 
     loss_class = SurrogateLoss
+    epsilon_key = "epsilon"
 
     def __init__(
         self,
@@ -50,8 +51,8 @@ class TrustRegion(Mappo):
         **kwargs,
     ):
         low, high = epsilon if isinstance(epsilon, tuple) else (epsilon, epsilon)
-        F.check_surrogate(surrogate, high, key="algorithm.epsilon")
-        F.check_surrogate(surrogate, low, key="algorithm.epsilon_negative")
+        F.check_surrogate(surrogate, high, key=f"algorithm.{self.epsilon_key}")
+        F.check_surrogate(surrogate, low, key=f"algorithm.{self.epsilon_key}_negative")
         if normalize_advantage not in F.NORMALIZATIONS:
             raise ValueError(
                 f"algorithm.normalize_advantage={normalize_advantage} is unknown: choose one of "

@@ -60,10 +60,11 @@ class Sequential(TrustRegion):
         **kwargs: those of :class:`~benchmarl_trust.algorithms.common.TrustRegion`.
 
     Raises:
-        ValueError: on a bad setting, before anything is collected; on the first batch if a team's rewards differ.
+        ValueError: on a bad setting, before anything is collected; on a batch in which a team's rewards differ.
     """
 
     loss_class = CriticPhaseLoss
+    epsilon_key = "clip_epsilon"
 
     def __init__(
         self,
@@ -130,7 +131,7 @@ class Sequential(TrustRegion):
                     )
 
     def _check_team_rewards(self, batch: TensorDictBase) -> None:
-        """One joint advantage needs one joint reward: compare the groups of each team on the first batch."""
+        """One joint advantage needs one joint reward: compare the groups of each team, in every batch."""
         for team in self.teams:
             missing = [group for group in team if group not in self.experiment.train_group_map]
             if missing and len(team) > 1:
@@ -145,10 +146,9 @@ class Sequential(TrustRegion):
                 if not torch.allclose(first.mean(-2), reward.mean(-2), rtol=1e-4, atol=1e-5):
                     raise ValueError(
                         f"algorithm.teams: the groups {team[0]} and {group} are paid differently (their mean rewards "
-                        "differ in the first batch), so they have no joint advantage. Put only groups with the same "
-                        "reward into a team."
+                        "differ in the collected batch), so they have no joint advantage. Put only groups with the "
+                        "same reward into a team."
                     )
-        self.guard.checks.remove(self._check_team_rewards)
 
     ######
     # Loss
@@ -192,7 +192,8 @@ class Sequential(TrustRegion):
         """A random input of the group's policy, to probe it with."""
         shape = (2, 3) if self.has_rnn else (4,)
         example = TensorDict({}, batch_size=shape, device=self.device)
-        agents = self.observation_spec[group].rand(shape).to(self.device)
+        with torch.random.fork_rng():  # the run's random numbers stay as they are
+            agents = self.observation_spec[group].rand(shape).to(self.device)
         if self.action_mask_spec is not None and group in self.action_mask_spec.keys():
             agents.update(self.action_mask_spec[group].to(self.device).one(shape))
         example[group] = agents.apply(lambda x: x if x.dtype == torch.bool else x.float())

@@ -48,16 +48,17 @@ class AgentPolicy:
     def inputs(self, batch: TensorDictBase) -> TensorDict:
         """What ``body`` reads, of the agents that it runs."""
         keys = [*self.body.in_keys, *(key for key in self.head.keys if key not in self.body.out_keys)]
-        inputs = batch.select(*keys, strict=False).detach()
         if self.width > 1:
-            return inputs
-        prefix = _prefix(self.head.keys[0])
-        if prefix:  # the group's own keys have an agent dimension, others (is_init) have none
-            inputs[prefix] = inputs[prefix].apply(
-                lambda x: x.narrow(batch.ndim, self.index, 1).contiguous(), batch_size=(*batch.batch_size, 1)
-            )
-            return inputs
-        return inputs.apply(lambda x: x.narrow(batch.ndim, self.index, 1).contiguous())
+            return batch.select(*keys, strict=False).detach()
+        inputs = TensorDict({}, batch_size=batch.batch_size, device=batch.device)
+        for key in keys:
+            value = batch.get(key, None)
+            if value is None:
+                continue  # a recurrent state, which training starts from zero
+            if _prefix(key) == _prefix(self.head.keys[0]):  # others (is_init) have no agent dimension
+                value = value.narrow(batch.ndim, self.index, 1).contiguous()
+            inputs[key] = value.detach()
+        return inputs
 
     def forward(self, inputs: TensorDictBase) -> tuple[Tensor, ...]:
         """The distribution's parameters for this agent, each [*, ...]."""

@@ -1,0 +1,80 @@
+"""After a restore the same next batch gives, bit for bit, the same parameters as without the interruption."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES
+
+from benchmarl_trust import HappoConfig
+from benchmarl_trust.algorithms.resume import KEY
+
+all_cases = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
+
+
+def train(experiment, batch):
+    """What BenchMARL's loop does with a collected batch."""
+    experiment._on_batch_collected(batch)
+    for group in experiment.train_group_map:
+        group_batch = batch.exclude(*experiment._get_excluded_keys(group))
+        group_batch = experiment.algorithm.process_batch(group, group_batch)
+        if not experiment.algorithm.has_rnn:
+            group_batch = group_batch.reshape(-1)
+        experiment.replay_buffers[group].extend(group_batch)
+        tds = [experiment._optimizer_loop(group) for _ in range(4)]
+        experiment._on_train_end(torch.stack(tds), group)
+
+
+def draws():
+    return torch.rand(2).tolist(), np.random.rand(2).tolist(), [random.random(), random.gauss(0, 1)]
+
+
+@all_cases
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "separate"])
+@pytest.mark.parametrize("recurrent", [False, True], ids=["mlp", "gru"])
+def test_resume_is_exact(case, share, recurrent, make_experiment, tmp_path):
+    from test_smoke import MODELS
+
+    model = MODELS["gru"]() if recurrent else None
+    experiment = make_experiment(case.config(entropy_coef=0.01), model=model, share_policy_params=share, max_n_iters=4)
+    batches = [batch.clone() for batch in experiment.collector]
+    assert len(batches) == 4
+    for batch in batches[:2]:
+        train(experiment, batch.clone())
+    np.random.rand(3)
+    random.gauss(0, 1)  # leaves a second value in Python's generator
+    torch.save(experiment.state_dict(), tmp_path / "state.pt")
+    for batch in batches[2:]:
+        train(experiment, batch.clone())
+    expected, expected_draws = list(experiment.losses["agents"].parameters()), draws()
+
+    torch.manual_seed(123)
+    again = make_experiment(case.config(entropy_coef=0.01), model=model, share_policy_params=share, seed=7)
+    again.load_state_dict(torch.load(tmp_path / "state.pt"))  # weights_only, as BenchMARL loads it
+    torch.manual_seed(99)  # Experiment.run seeds anew before it collects
+    for batch in batches[2:]:
+        train(again, batch.clone())
+    for p, q in zip(expected, again.losses["agents"].parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert draws() == expected_draws
+
+
+def test_a_checkpoint_without_our_entry_still_loads(make_experiment):
+    one = make_experiment(HappoConfig.get_from_yaml())
+    state = one.state_dict()
+    del state[KEY]
+    ours = make_experiment(HappoConfig.get_from_yaml(), seed=3)
+    ours.load_state_dict(state)
+    for p, q in zip(ours.policy.parameters(), one.policy.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_slices_stay_slices_after_loading(make_experiment, tmp_path):
+    one, other = make_experiment(HappoConfig.get_from_yaml()), make_experiment(HappoConfig.get_from_yaml(), seed=3)
+    other.load_state_dict(one.state_dict())
+    for i, agent in enumerate(other.algorithm._policies["agents"].agents):
+        for leaf, stacked in zip(agent.parameters, one.policy.parameters(), strict=True):
+            assert torch.equal(leaf, stacked[i])
+        leaf.data += 1
+        assert not torch.equal(list(other.policy.parameters())[-1][i], stacked[i])
