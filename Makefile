@@ -3,7 +3,7 @@
 # make lint   ruff check and format check
 PYTHON ?= python3
 VENV ?= .venv
-BIN := $(abspath $(VENV))/bin
+BIN := $(VENV)/bin
 # The demo: 20 iterations of 6000 frames for each algorithm, about a minute and a half each on two cores.
 DEMO_FRAMES ?= 120000
 DEMO_FOLDER ?= outputs/demo

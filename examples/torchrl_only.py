@@ -5,7 +5,7 @@ take turns in a random order, each weighted by the compound ratio M of those bef
 
     python examples/torchrl_only.py
 
-takes about a minute on one CPU core and writes no files. For each iteration it prints the mean reward of a step, which
+takes half a minute on one CPU core and writes no files. For each iteration it prints the mean reward of a step, which
 rises, and the mean of M at each position of the order; its expectation is 1.
 """
 

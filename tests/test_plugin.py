@@ -180,18 +180,15 @@ def test_another_hydra_program_is_not_changed(other_program):
 
 
 def test_another_hydra_program_is_not_slowed(tmp_path):
-    """The plugin module imports in less than a tenth of a second what Hydra has not imported already."""
+    """The plugin imports nothing that Hydra has not imported already."""
     script = """
-        import time, hydra.main, hydra.core.plugins
-        import hydra.core.config_search_path, hydra.plugins.search_path_plugin, sys
-        start = time.perf_counter()
+        import sys, hydra.main, hydra.core.plugins, hydra.core.config_search_path, hydra.plugins.search_path_plugin
         before = set(sys.modules)
         from hydra_plugins.benchmarl_trust_searchpath import BenchmarlTrustSearchPath
         class Path:
             def append(self, *args, **kwargs): raise AssertionError("touched")
         BenchmarlTrustSearchPath().manipulate_search_path(Path())
-        print("new", sorted(set(sys.modules) - before), time.perf_counter() - start)
-        assert time.perf_counter() - start < 0.1
+        print("new", sorted(set(sys.modules) - before))
     """
     output = python("-c", textwrap.dedent(script), cwd=tmp_path)
     assert "new ['hydra_plugins', 'hydra_plugins.benchmarl_trust_searchpath']" in output

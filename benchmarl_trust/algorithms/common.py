@@ -3,24 +3,24 @@
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-from benchmarl.algorithms import Mappo
+from benchmarl.algorithms import Mappo, MappoConfig
 from benchmarl.algorithms.common import AlgorithmConfig
+from benchmarl.experiment import Callback
 from benchmarl.utils import _read_yaml_config
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torchrl.objectives import LossModule, ValueEstimators
 
-import benchmarl_trust
 from benchmarl_trust import functional as F
-from benchmarl_trust.algorithms.guard import FiniteGuard
+from benchmarl_trust.algorithms.guard import FiniteGuard, own_callback
 from benchmarl_trust.algorithms.resume import ResumeState
 from benchmarl_trust.losses import SurrogateLoss
 
 
 def conf_folder() -> Path:
     """The folder of the package's yaml files: inside the package in a wheel, beside it in a checkout."""
-    package = Path(benchmarl_trust.__file__).parent
+    package = Path(__file__).parents[1]
     packaged = package / "conf"
     return packaged if packaged.is_dir() else package.parent / "conf"
 
@@ -101,13 +101,39 @@ class TrustRegion(Mappo):
 class Simultaneous(TrustRegion):
     """All agents of a group move at once, in BenchMARL's own loop."""
 
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        own_callback(self.experiment, RatioExtremes)
+
     def process_batch(self, group: str, batch: TensorDictBase) -> TensorDictBase:
-        """MAPPO's advantages and value targets, the advantages normalised as configured."""
+        """MAPPO's advantages and value targets, the advantages normalised as configured.
+
+        The log-probs of a recurrent policy are computed anew: training runs it from a zero state at the start of the
+        batch, where collection had a state, so that with the collected ones the ratios would not start at 1.
+        """
         batch = super().process_batch(group, batch)
         advantage = F.normalize_advantage(
             batch[group, "advantage"], self.normalize_advantage, batch.get((group, "mask"), None)
         )
-        return batch.set((group, "advantage"), advantage)
+        batch.set((group, "advantage"), advantage)
+        if self.model_config.is_rnn:
+            loss, _ = self.get_loss_and_updater(group)
+            batch.set((group, "log_prob"), loss.current_log_prob(batch))
+        return batch
+
+
+class RatioExtremes(Callback):
+    """Logs the smallest and the largest ratio of an iteration, where BenchMARL logs means over its minibatches."""
+
+    def on_train_end(self, training_td: TensorDictBase, group: str) -> None:
+        """Log ``train/{group}/policy/ratio_min`` and ``ratio_max``."""
+        if "ratio_min" not in training_td.keys():
+            return  # a group of an ensemble with another algorithm
+        extremes = {"ratio_min": training_td["ratio_min"].min(), "ratio_max": training_td["ratio_max"].max()}
+        self.experiment.logger.log(
+            {f"train/{group}/policy/{name}": value.item() for name, value in extremes.items()},
+            step=self.experiment.n_iters_performed,
+        )
 
 
 def _nan_gradient_unless_finite(loss: Tensor) -> Tensor:
@@ -138,22 +164,7 @@ class TrustRegionConfig(AlgorithmConfig):
         name = f"{cls.associated_class().__name__.lower()}.yaml"
         return cls(**_read_yaml_config(str(path or conf_folder() / "algorithm" / name)))
 
-    @staticmethod
-    def supports_continuous_actions() -> bool:
-        """True."""
-        return True
-
-    @staticmethod
-    def supports_discrete_actions() -> bool:
-        """True."""
-        return True
-
-    @staticmethod
-    def on_policy() -> bool:
-        """True."""
-        return True
-
-    @staticmethod
-    def has_centralized_critic() -> bool:
-        """True: the critic sees all agents of the group, or the global state."""
-        return True
+    supports_continuous_actions = staticmethod(MappoConfig.supports_continuous_actions)
+    supports_discrete_actions = staticmethod(MappoConfig.supports_discrete_actions)
+    on_policy = staticmethod(MappoConfig.on_policy)
+    has_centralized_critic = staticmethod(MappoConfig.has_centralized_critic)

@@ -22,8 +22,8 @@ class FiniteGuard(Callback):
     """Refuses data that is not finite, and drops optimizer steps whose gradient is not.
 
     Data: an observation, reward, action, log-prob or state that is NaN or infinite in the collected batch raises a
-    ``ValueError`` before any group is trained on it. Entries of agents that ``(group, "mask")`` marks as absent are
-    not looked at.
+    ``ValueError`` before any group is trained on it. Actions, log-probs and rewards of agents that ``(group, "mask")``
+    marks as absent are not looked at.
 
     Numerics: BenchMARL's loop steps on any gradient. A pre-step hook on every optimizer of the experiment removes a
     gradient whose norm is not finite, so that the step changes neither parameters nor optimizer state. Dropped steps
@@ -50,8 +50,13 @@ class FiniteGuard(Callback):
         """Hook every optimizer that BenchMARL's loop steps; a policy phase sees to its own."""
         for group, optimizers in self.experiment.optimizers.items():
             for name, optimizer in optimizers.items():
-                if not name.startswith(POLICY_PHASE):
-                    optimizer.register_step_pre_hook(partial(self._drop_nonfinite_gradient, group))
+                if name.startswith(POLICY_PHASE):
+                    continue
+                optimizer.register_step_pre_hook(partial(self._drop_nonfinite_gradient, group))
+                if not self.experiment.config.clip_grad_norm:  # clipping by value would make an infinity finite
+                    for parameter_group in optimizer.param_groups:
+                        for parameter in parameter_group["params"]:
+                            parameter.register_post_accumulate_grad_hook(_infinity_to_nan)
 
     def on_batch_collected(self, batch: TensorDictBase) -> None:
         """Raise if the batch is not finite, or if a check that an algorithm has added fails."""
@@ -63,7 +68,7 @@ class FiniteGuard(Callback):
         checked = {
             key: value
             for key, value in batch.items(include_nested=True, leaves_only=True)
-            if value.is_floating_point() and "info" not in key
+            if value.is_floating_point() and "info" not in _path(key)
         }
         bad = {key: _nonfinite(batch, key, value) for key, value in checked.items()}
         if not torch.stack([entries.any() for entries in bad.values()]).any():
@@ -95,8 +100,8 @@ class FiniteGuard(Callback):
         parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         if not parameters:
             return
-        norms = torch._foreach_norm([p.grad for p in parameters])
-        if not torch.stack(norms).isfinite().all():  # BenchMARL synchronises here too, for grad_norm
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if not norm.isfinite():  # BenchMARL synchronises here too, for grad_norm
             self.skipped[group] += 1
             for parameter in parameters:
                 parameter.grad = None  # Adam passes over it
@@ -104,12 +109,15 @@ class FiniteGuard(Callback):
 
 def own_callback(experiment: Experiment, kind: type[CallbackType]) -> CallbackType:
     """The experiment's callback of this class, put at the end of a new list: the user's own list stays as it is."""
+    others = []
     for callback in experiment.callbacks:
-        if isinstance(callback, kind):
-            return callback
+        if not isinstance(callback, kind):
+            others.append(callback)
+        elif getattr(callback, "owner", None) is experiment:
+            return callback  # one of another experiment, whose list was passed on, is left to that experiment
     callback = kind()
-    callback.experiment = experiment
-    experiment.callbacks = [*experiment.callbacks, callback]
+    callback.experiment = callback.owner = experiment
+    experiment.callbacks = [*others, callback]
     return callback
 
 
@@ -122,15 +130,27 @@ def last_checkpoint(experiment: Experiment) -> str:
 
 
 def _nonfinite(batch: TensorDictBase, key: str | tuple, value: Tensor) -> Tensor:
+    """Which entries are not finite. What an absent agent did and was paid is not looked at; what it saw is, since
+    shared and centralised networks read it.
+    """
     bad = ~value.isfinite()
-    if not isinstance(key, tuple):
+    *group, name = (part for part in _path(key) if part != "next")
+    mask = batch.get((*group, "mask"), None) if group else None
+    if mask is None or name not in ("action", "log_prob", "reward", "episode_reward"):
         return bad
-    mask = batch.get((*key[:-1], "mask"), None)
-    return bad if mask is None else bad & mask.reshape(*mask.shape, *[1] * (bad.ndim - mask.ndim))
+    return bad & mask.reshape(*mask.shape, *[1] * (bad.ndim - mask.ndim))
+
+
+def _infinity_to_nan(parameter: torch.nn.Parameter) -> None:
+    parameter.grad.masked_fill_(~parameter.grad.isfinite(), torch.nan)
+
+
+def _path(key: str | tuple) -> tuple:
+    return key if isinstance(key, tuple) else (key,)
 
 
 def _cause_first(key: str | tuple) -> int:
     """Environment data before what the policy made of it."""
-    name = key[-1] if isinstance(key, tuple) else key
     causes = ["observation", "state", "reward", "action"]
+    name = _path(key)[-1]
     return causes.index(name) if name in causes else len(causes)

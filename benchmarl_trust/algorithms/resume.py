@@ -54,7 +54,7 @@ class ResumeState(Callback):
             return
         for group, optimizers in state["optimizers"].items():
             for name, optimizer_state in optimizers.items():
-                self.experiment.optimizers[group][name].load_state_dict(optimizer_state)
+                _load(self.experiment.optimizers[group][name], optimizer_state)
         for generator, generator_state in zip(self.generators, state["generators"], strict=True):
             generator.set_state(generator_state.cpu())
         self._random_state = state["random"]
@@ -65,6 +65,13 @@ class ResumeState(Callback):
         if self._random_state is not None:
             _set_random_state(self._random_state)
             self._random_state = None
+
+
+def _load(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Restore the moments. The settings stay those of the running experiment, which may resume with another lr."""
+    current = optimizer.state_dict()["param_groups"]
+    groups = [{**new, "fused": old.get("fused")} for new, old in zip(current, saved["param_groups"], strict=True)]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
 def _random_state() -> dict[str, Any]:

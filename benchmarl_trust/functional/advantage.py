@@ -39,12 +39,14 @@ def normalize_advantage(advantage: Tensor, over: str, mask: Tensor | None = None
     if over == "none":
         return advantage
     mask = torch.ones_like(advantage, dtype=torch.bool) if mask is None else mask.unsqueeze(-1)
+    # In float64: in float32 the rounding of the mean would be blown up to deviation 1 where all advantages are equal.
+    value = torch.where(mask, advantage.double(), 0)
     dims = tuple(range(advantage.ndim)) if over == "batch" else tuple(range(advantage.ndim - 2))
     count = mask.sum(dims, keepdim=True).clamp(min=1)
-    mean = torch.where(mask, advantage, 0).sum(dims, keepdim=True) / count
-    centred = torch.where(mask, advantage - mean, 0)
+    mean = value.sum(dims, keepdim=True) / count
+    centred = torch.where(mask, value - mean, 0)
     std = (centred.square().sum(dims, keepdim=True) / count).sqrt()
-    return centred / std.clamp(min=1e-6)
+    return (centred / std.clamp(min=1e-6)).to(advantage.dtype)
 
 
 def team_advantage(advantage: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -60,7 +60,8 @@ def effective_sample_size(log_weight: Tensor, mask: Tensor | None = None) -> Ten
         log_weight (Tensor): log w, [*, N].
         mask (Tensor, optional): boolean, the same shape.
 
-    Returns: [N], between 1/n (one sample has all the weight) and 1 (equal weights).
+    Returns: [N], between 1/n (one sample has all the weight) and 1 (equal weights); 0 for an agent that is absent
+    throughout.
 
     Examples:
         >>> effective_sample_size(torch.zeros(8, 3))
@@ -73,7 +74,8 @@ def effective_sample_size(log_weight: Tensor, mask: Tensor | None = None) -> Ten
         log_weight = log_weight.masked_fill(~mask, -torch.inf)
         count = mask.sum(0).clamp(min=1)
     log_size = 2 * log_weight.logsumexp(0) - (2 * log_weight).logsumexp(0)
-    return log_size.exp().nan_to_num(0.0) / count
+    size = log_size.exp() / count
+    return size if mask is None else torch.where(mask.any(0), size, 0)
 
 
 def factor_weight(log_factor: Tensor, clip: bool) -> Tensor:

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: From this |log-ratio| on, where its exponentials would overflow, a gain goes on linearly: exp(10) = 22026 is
-#: far outside any trust region, while the square of a ratio leaves float32 at a log-ratio of 44.
+#: From this log-ratio on, before its exponentials overflow, a gain goes on linearly; the reciprocal one on both sides.
+#: exp(10) = 22026 is far outside any trust region, while the square of a ratio leaves float32 at a log-ratio of 44.
 LINEAR_BEYOND = 10.0
 
 
@@ -42,8 +42,8 @@ def clip_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tensor) -> 
 
     # The minimum is r A with the ratio capped on the side towards which A pushes it.
     bounded = torch.where(advantage >= 0, log_ratio.clamp(max=high), log_ratio.clamp(min=low))
-    inner = bounded.clamp(max=LINEAR_BEYOND)
-    return inner.exp() * (1 + bounded - inner) * advantage
+    excess = (bounded - LINEAR_BEYOND).clamp(min=0)
+    return bounded.clamp(max=LINEAR_BEYOND).exp() * (1 + excess) * advantage
 
 
 def quadratic_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tensor) -> Tensor:
@@ -187,7 +187,7 @@ def check_surrogate(name: str, epsilon: float, key: str = "epsilon") -> None:
     if name not in SURROGATES:
         raise ValueError(f"Unknown surrogate {name!r}: choose one of {', '.join(SURROGATES)}.")
     limit = SURROGATES[name].epsilon_limit
-    if not 0 < epsilon < limit:
+    if not isinstance(epsilon, int | float) or not 0 < epsilon < limit:
         raise ValueError(
             f"{key}={epsilon}: the {name} surrogate needs 0 < {key} < {limit}, where its optimal ratio "
             f"exists. The usual value is {key}=0.2."

@@ -1,10 +1,11 @@
 """One loss module for every objective of the form weight x gain."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.objectives import PPOLoss
@@ -19,7 +20,8 @@ class SurrogateLoss(PPOLoss):
         L_{objective} = -\operatorname{mean}_{b,i}\, w_b\, \mathrm{gain}(x_{b,i}, A_{b,i}), \qquad
         x = \log π_θ(a|o) - \log π_{old}(a|o)
 
-    With ``surrogate="clip"`` this is :class:`torchrl.objectives.ClipPPOLoss`; with ``"quadratic"`` it is MASPO,
+    With ``surrogate="clip"`` this is :class:`torchrl.objectives.ClipPPOLoss` (up to a log-ratio of 10); with
+    ``"quadratic"`` it is MASPO,
     with ``"reciprocal"`` MARS (see :mod:`benchmarl_trust.functional.surrogate` for the formulas and for which of
     them are reconstructed). Everything else is inherited: advantages by ``make_value_estimator``, critic loss,
     entropy, ``set_keys``, functional parameters.
@@ -90,11 +92,11 @@ class SurrogateLoss(PPOLoss):
         critic_network: TensorDictModule | None = None,
         *,
         surrogate: str,
-        epsilon: float | tuple[float, float] = 0.2,
+        epsilon: float | Sequence[float] = 0.2,
         clip_factor: bool = False,
         **kwargs,
     ):
-        low, high = epsilon if isinstance(epsilon, tuple) else (epsilon, epsilon)
+        low, high = (epsilon, epsilon) if isinstance(epsilon, int | float) else epsilon
         F.check_surrogate(surrogate, low)
         F.check_surrogate(surrogate, high)
         if kwargs.get("normalize_advantage"):
@@ -124,6 +126,7 @@ class SurrogateLoss(PPOLoss):
     def out_keys(self, values):
         self._out_keys = values
 
+    @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Both losses: :meth:`actor_loss` and, where there is a critic, :meth:`critic_loss`."""
         tensordict = tensordict.clone(False)
@@ -138,7 +141,12 @@ class SurrogateLoss(PPOLoss):
 
     def actor_loss(self, tensordict: TensorDictBase) -> TensorDict:
         """The objective and the entropy bonus, and what is logged of them. Its gradient is the policy's alone."""
-        advantage = tensordict.get(self.tensor_keys.advantage)
+        advantage = tensordict.get(self.tensor_keys.advantage, None)
+        if advantage is None:
+            raise KeyError(
+                f"The batch has no {self.tensor_keys.advantage!r}: compute it first, with make_value_estimator() and "
+                "value_estimator(batch), or call the loss itself, which does so."
+            )
         mask = tensordict.get(self.tensor_keys.mask, None)
         self._check_shape(tensordict.get(self.tensor_keys.sample_log_prob, None), advantage)
         log_ratio, dist, _ = self._log_weight(tensordict, adv_shape=advantage.shape[:-1])
@@ -165,9 +173,16 @@ class SurrogateLoss(PPOLoss):
             out["explained_variance"] = explained_variance
         return out
 
+    @torch.no_grad()
+    def current_log_prob(self, tensordict: TensorDictBase) -> Tensor:
+        """The log-prob of the batch's actions under the policy as it is now, [*, N]."""
+        return self._get_cur_log_prob(tensordict.clone(False))[0]
+
     def _epsilon(self, advantage: Tensor) -> float | Tensor:
         low, high = self.epsilon
-        return high if low == high else torch.where(advantage >= 0, high, low)
+        if low == high:
+            return high
+        return torch.where(advantage >= 0, advantage.new_tensor(high), advantage.new_tensor(low))
 
     def _weight(self, tensordict: TensorDictBase, advantage: Tensor) -> float | Tensor:
         factor = tensordict.get(self.tensor_keys.factor, None)
@@ -204,6 +219,7 @@ class SurrogateLoss(PPOLoss):
 
     @torch.no_grad()
     def _ratio_statistics(self, log_ratio: Tensor, mask: Tensor | None) -> TensorDict:
+        mask = torch.ones_like(log_ratio, dtype=torch.bool) if mask is None else mask
         low, high = F.SURROGATES[self.surrogate].log_bounds(*self.epsilon)
         clip_low, clip_high = F.SURROGATES["clip"].log_bounds(*self.epsilon)
         dtype = log_ratio.dtype
@@ -216,9 +232,9 @@ class SurrogateLoss(PPOLoss):
                 "kl_approx": F.masked_mean(-log_ratio, mask),
                 "clip_fraction": share((log_ratio < clip_low) | (log_ratio > clip_high)),
                 "outside_fraction": share((log_ratio < low) | (log_ratio > high)),
-                "ratio_min": log_ratio.min().exp(),
-                "ratio_max": log_ratio.max().exp(),
-                "ESS": F.effective_sample_size(log_ratio, mask).mean(),
+                "ratio_min": log_ratio.masked_fill(~mask, torch.inf).min().exp(),
+                "ratio_max": log_ratio.masked_fill(~mask, -torch.inf).max().exp(),
+                "ESS": F.masked_mean(F.effective_sample_size(log_ratio, mask), mask.reshape(-1, mask.shape[-1]).any(0)),
             }
         )
 
@@ -229,6 +245,8 @@ class CriticPhaseLoss(SurrogateLoss):
     It owns the policy's parameters all the same, so that checkpoints have them.
     """
 
+    __annotations__ = SurrogateLoss.__annotations__
+
     @property
     def out_keys(self):
         """The keys of the tensordict that ``forward`` returns."""
@@ -238,6 +256,7 @@ class CriticPhaseLoss(SurrogateLoss):
     def out_keys(self, values):
         self._out_keys = values
 
+    @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """:meth:`critic_loss`."""
         return self.critic_loss(tensordict.clone(False))

@@ -1,6 +1,7 @@
 """What is not finite: data is refused before any group trains, a bad step changes nothing."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,6 +152,7 @@ def test_three_bad_iterations_in_a_row_end_the_run(make_experiment):
 def test_own_callbacks_once_at_the_end_and_the_list_of_the_user_untouched(make_experiment):
     from benchmarl.algorithms import EnsembleAlgorithmConfig
 
+    from benchmarl_trust.algorithms.common import RatioExtremes
     from benchmarl_trust.algorithms.guard import FiniteGuard
     from benchmarl_trust.algorithms.resume import ResumeState
 
@@ -161,4 +163,52 @@ def test_own_callbacks_once_at_the_end_and_the_list_of_the_user_untouched(make_e
         EnsembleAlgorithmConfig({"adversary": config, "agent": config}), task=task, callbacks=mine
     )
     assert len(mine) == 1
-    assert [type(callback) for callback in experiment.callbacks] == [Callback, FiniteGuard, ResumeState]
+    added = [FiniteGuard, ResumeState, RatioExtremes]
+    assert [type(callback) for callback in experiment.callbacks] == [Callback, *added]
+    # A list that is passed on to a second experiment brings it no callback of the first.
+    first, second = SimpleNamespace(callbacks=mine), SimpleNamespace()
+    guard = FiniteGuard.of(first)
+    second.callbacks = first.callbacks
+    assert FiniteGuard.of(first) is guard
+    assert FiniteGuard.of(second) is not guard
+    assert [callback.experiment for callback in (first.callbacks[-1], second.callbacks[-1])] == [first, second]
+
+
+class SpoilObservationOfAbsent(Callback):
+    def on_batch_collected(self, batch):
+        batch["agents", "observation"][~batch["agents", "mask"]] = torch.nan
+
+
+class SpoilRewardOfLeaving(Callback):
+    """The agent is there when it acts, and gone when it is paid."""
+
+    def on_batch_collected(self, batch):
+        leaving = batch["agents", "mask"] & ~batch["next", "agents", "mask"]
+        assert leaving.any()
+        batch["next", "agents", "reward"][leaving] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("spoil", "key"), [(SpoilObservationOfAbsent, "observation"), (SpoilRewardOfLeaving, "reward")]
+)
+def test_what_a_network_or_a_loss_would_read_is_looked_at(spoil, key, make_experiment):
+    experiment = make_experiment(MarsConfig.get_from_yaml(), task=StandInTask(absent=True), callbacks=[spoil()])
+    with pytest.raises(ValueError, match=key):
+        experiment.run()
+
+
+@pytest.mark.parametrize("clip_grad_val", [None, 5.0])
+@pytest.mark.parametrize("by_norm", [True, False], ids=["by norm", "by value"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_bad_gradient_is_dropped_however_gradients_are_clipped(by_norm, clip_grad_val, value, make_experiment):
+    experiment = make_experiment(MarsConfig.get_from_yaml(), clip_grad_norm=by_norm, clip_grad_val=clip_grad_val)
+    optimizer = experiment.optimizers["agents"]["loss_critic"]
+    leaf = optimizer.param_groups[0]["params"][0]
+    factor = torch.ones_like(leaf)
+    factor.view(-1)[0] = value
+    before = everything(experiment)
+    (leaf * factor).sum().backward()
+    experiment._grad_clip(optimizer)
+    optimizer.step()
+    assert_equal(everything(experiment), before)
+    assert experiment.algorithm.guard.skipped == {"agents": 1}

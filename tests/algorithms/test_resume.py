@@ -70,6 +70,16 @@ def test_a_checkpoint_without_our_entry_still_loads(make_experiment):
         assert torch.equal(p, q)
 
 
+@all_cases
+def test_resuming_with_another_learning_rate(case, make_experiment):
+    state = make_experiment(case.config()).state_dict()
+    again = make_experiment(case.config(), lr=5e-6, adam_eps=1e-3)
+    again.load_state_dict(state)
+    for optimizer in again.optimizers["agents"].values():
+        assert optimizer.param_groups[0]["lr"] == 5e-6
+        assert optimizer.param_groups[0]["eps"] == 1e-3
+
+
 def test_slices_stay_slices_after_loading(make_experiment, tmp_path):
     one, other = make_experiment(HappoConfig.get_from_yaml()), make_experiment(HappoConfig.get_from_yaml(), seed=3)
     other.load_state_dict(one.state_dict())

@@ -1,7 +1,16 @@
+import math
+
 import pytest
 import torch
 
-from benchmarl_trust.functional import effective_sample_size, log_ratio, masked_mean, normalize_advantage
+from benchmarl_trust.functional import (
+    effective_sample_size,
+    factor_weight,
+    log_ratio,
+    masked_mean,
+    normalize_advantage,
+    team_advantage,
+)
 
 MASK = torch.tensor([[True, True], [True, False], [True, True], [True, False]])
 
@@ -49,8 +58,28 @@ def test_absent_agents_change_no_statistic(over):
         assert group.std(correction=0).item() == pytest.approx(1)
 
 
-def test_equal_advantages_become_zero():
-    assert normalize_advantage(torch.full((4, 2, 1), 3.0), "per_agent").abs().max() == 0
+@pytest.mark.parametrize("over", ["batch", "per_agent"])
+@pytest.mark.parametrize("value", [3.0, 0.1, 12345.678, -1e20])
+def test_equal_advantages_become_zero(value, over):
+    """Also where float32 rounds their mean: its error must not be blown up to deviation 1."""
+    assert normalize_advantage(torch.full((6001, 4, 1), value), over).abs().max() < 1e-3
+
+
+def test_huge_advantages_keep_their_differences():
+    out = normalize_advantage(torch.tensor([1e20, 3e20]).reshape(2, 1, 1), "batch")
+    assert out.flatten().tolist() == [-1, 1]
+
+
+def test_team_advantage_is_the_mean_of_those_present():
+    advantage = torch.tensor([[1.0, 2.0], [3.0, torch.nan], [5.0, 6.0], [7.0, 1e9]]).unsqueeze(-1)
+    out = team_advantage(advantage, MASK).squeeze(-1)
+    assert out.tolist() == [[1.5, 1.5], [3, 3], [5.5, 5.5], [7, 7]]
+
+
+def test_factor_weight():
+    log_factor = torch.tensor([-1.0, 0.0, 2.0])
+    torch.testing.assert_close(factor_weight(log_factor, clip=False), log_factor.exp())
+    torch.testing.assert_close(factor_weight(log_factor, clip=True), torch.tensor([math.exp(-1), 1, 1]))
 
 
 def test_no_normalization_changes_nothing():

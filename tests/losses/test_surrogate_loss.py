@@ -10,7 +10,7 @@ from torchrl.modules import MaskedCategorical, TanhNormal
 from torchrl.objectives import ClipPPOLoss
 
 from benchmarl_trust.functional import SURROGATES
-from benchmarl_trust.losses import SurrogateLoss
+from benchmarl_trust.losses import CriticPhaseLoss, SurrogateLoss
 
 SHAPES = {"flat": (64,), "sequence": (16, 4)}
 N = 3
@@ -148,7 +148,56 @@ def test_two_epsilons():
         for e in (0.1, 0.3)
     ]
     expected = torch.where(negative.squeeze(-1), *parts).mean()
-    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=0)
+    as_list = surrogate_loss(actor, critic, "quadratic", epsilon=[0.1, 0.3])(batch)["loss_objective"]
+    assert torch.equal(as_list, out)
+
+
+def test_statistics_leave_absent_agents_out():
+    actor, critic = networks("categorical")
+    batch = batch_for(actor, (4,), distance=0.0)
+    batch["log_prob"] = batch["log_prob"] - torch.tensor(1.35, dtype=torch.float64).log()
+    batch["mask"] = torch.tensor([True, True, False]).expand(4, N).clone()
+    out = surrogate_loss(actor, critic)(batch)
+    for key, value in {"ratio_min": 1.35, "ratio_max": 1.35, "ESS": 1.0, "clip_fraction": 1.0}.items():
+        assert out[key].item() == pytest.approx(value), key
+
+
+def test_the_factor_weighs_each_step():
+    actor, critic = networks("categorical")
+    batch = batch_for(actor)
+    batch["factor"] = torch.linspace(0.2, 3, 64, dtype=torch.float64).unsqueeze(-1)
+    gains = -surrogate_loss(actor, critic, reduction="none")(batch.exclude("factor"))["loss_objective"]
+    for clip_factor, weight in ((False, batch["factor"]), (True, batch["factor"].clamp(max=1))):
+        out = surrogate_loss(actor, critic, clip_factor=clip_factor)(batch)
+        torch.testing.assert_close(out["loss_objective"], -(weight * gains).mean())
+    with pytest.raises(ValueError, match="one number per step"):
+        surrogate_loss(actor, critic)(batch.set("factor", batch["log_prob"]))
+
+
+def test_called_with_tensors_like_other_torchrl_losses():
+    actor, critic = networks("categorical")
+    batch, loss = batch_for(actor), surrogate_loss(actor, critic)
+    batch["next"] = {"reward": torch.zeros(64, N, 1), "done": torch.zeros(64, N, 1, dtype=torch.bool)}
+    batch["next", "terminated"] = batch["next", "done"].clone()
+    batch["next", "observation"] = batch["observation"].clone()
+    inputs = {"_".join(key) if isinstance(key, tuple) else key: batch[key] for key in loss.in_keys}
+    loss.set_keys(advantage="advantage")
+    got = loss(**inputs)
+    assert len(got) == len(loss.out_keys)
+    assert all(value.isfinite().all() for value in got)
+
+
+def test_the_critic_phase_loss_trains_the_critic_alone():
+    actor, critic = networks("categorical")
+    batch = batch_for(actor)
+    whole = surrogate_loss(actor, critic)
+    loss = CriticPhaseLoss(actor, critic, surrogate="clip", critic_coeff=0.5, loss_critic_type="l2")
+    out = loss(batch)
+    assert set(loss.out_keys) <= set(out.keys())
+    assert "loss_objective" not in out.keys()
+    torch.testing.assert_close(out["loss_critic"], whole(batch)["loss_critic"])
+    assert whole.state_dict().keys() == loss.state_dict().keys()
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
@@ -195,6 +244,12 @@ def test_bad_settings():
         SurrogateLoss(actor, critic, surrogate="none")
     with pytest.raises(ValueError, match="normalize_advantage"):
         SurrogateLoss(actor, critic, surrogate="clip", normalize_advantage=True)
+
+
+def test_missing_advantage_is_named():
+    actor, critic = networks("categorical")
+    with pytest.raises(KeyError, match="advantage"):
+        surrogate_loss(actor, critic).actor_loss(batch_for(actor).exclude("advantage"))
 
 
 def test_missing_log_prob_is_named():
