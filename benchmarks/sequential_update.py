@@ -45,17 +45,30 @@ def make_experiment(algorithm, n_agents: int, device: str, folder: str) -> Exper
     return Experiment(task, algorithm, MlpConfig.get_from_yaml(), seed=0, config=config)
 
 
-def train(experiment: Experiment, batch, synchronize) -> tuple[float, float]:
-    """What BenchMARL's loop does with a collected batch; seconds for all of it, and for ``process_batch`` alone."""
+def train(experiment: Experiment, batch, synchronize) -> float:
+    """What BenchMARL's loop does with a collected batch; its seconds."""
     start = time.perf_counter()
     group_batch = experiment.algorithm.process_batch("agents", batch.clone())
-    synchronize()
-    processed = time.perf_counter()
     experiment.replay_buffers["agents"].extend(group_batch.reshape(-1))
     for _ in range(EPOCHS * -(-ENVIRONMENTS * STEPS // MINIBATCH)):
         experiment._optimizer_loop("agents")
     synchronize()
-    return time.perf_counter() - start, processed - start
+    return time.perf_counter() - start
+
+
+def time_policy_phase(experiment: Experiment, synchronize) -> list[float]:
+    """A list that will hold the seconds of each policy phase of HAPPO (without MAPPO's advantages before it)."""
+    seconds, original = [], experiment.algorithm._policy_phase
+
+    def timed(team):
+        synchronize()
+        start = time.perf_counter()
+        original(team)
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+
+    experiment.algorithm._policy_phase = timed
+    return seconds
 
 
 def log_prob(layers, x, a, raw_to_scale):
@@ -115,12 +128,11 @@ def compare(n_agents: int, repeats: int, device: str) -> dict[str, float]:
         happo = make_experiment(HappoConfig.get_from_yaml(), n_agents, device, folder)
         batch = next(iter(mappo.collector)).exclude("info", ("agents", "info"), ("next", "agents", "info"))
         hand = make_minimal(happo, batch, device)
-        times: dict[str, list[float]] = {"mappo": [], "happo": [], "happo policy": [], "minimal": []}
+        times: dict[str, list[float]] = {"mappo": [], "happo": [], "minimal": []}
+        times["happo policy"] = time_policy_phase(happo, synchronize)
         for _ in range(repeats + 1):  # the first round warms up
-            times["mappo"].append(train(mappo, batch, synchronize)[0])
-            both, policy = train(happo, batch, synchronize)
-            times["happo"].append(both)
-            times["happo policy"].append(policy)
+            times["mappo"].append(train(mappo, batch, synchronize))
+            times["happo"].append(train(happo, batch, synchronize))
             start = time.perf_counter()
             hand()
             synchronize()

@@ -16,6 +16,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
+from torchrl.modules.models.multiagent import MultiAgentNetBase
 
 from benchmarl_trust.updates.head import Head, head_of
 
@@ -174,13 +175,15 @@ class GroupPolicy:
         if [_within_sequence(name) for name, _ in prototype.named_parameters()] != list(map(_within_sequence, named)):
             return None
         bodies = [prototype if self.shared or i == 0 else copy.deepcopy(prototype) for i in range(self.n_agents)]
+        leaves = [list(body.parameters()) for body in bodies]
         for i, body in enumerate(bodies):
-            for leaf, p in zip(body.parameters(), named.values(), strict=True):
+            for leaf, p in zip(leaves[i], named.values(), strict=True):
                 memory = p.data if p.shape == leaf.shape else p.data[i]
                 if memory.shape != leaf.shape:
                     return None
                 leaf.data = memory
-        return [AgentPolicy(body, 0, i, 1, self.head, list(body.parameters())) for i, body in enumerate(bodies)]
+            _unwrap(body)
+        return [AgentPolicy(body, 0, i, 1, self.head, leaves[i]) for i, body in enumerate(bodies)]
 
     @torch.no_grad()
     def _agree(self, twins: list[AgentPolicy], example: TensorDictBase) -> bool:
@@ -191,6 +194,18 @@ class GroupPolicy:
                 if x.shape != y.shape or not torch.allclose(x, y, rtol=1e-4, atol=1e-5):
                     return False
         return True
+
+
+def _unwrap(module: nn.Module) -> None:
+    """Put plain networks in the place of TorchRL's multi-agent ones, with the very same parameters.
+
+    Around a single network the container only costs time: it puts the parameters in place anew in every call.
+    """
+    for name, child in module.named_children():
+        if isinstance(child, MultiAgentNetBase) and child.share_params and not child.centralized:
+            setattr(module, name, child.get_stateful_net())
+        else:
+            _unwrap(child)
 
 
 def _within_sequence(name: str) -> str:
