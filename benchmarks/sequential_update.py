@@ -12,6 +12,7 @@ machine and on what else it does: compare the ratios.
 """
 
 import argparse
+import multiprocessing
 import resource
 import statistics
 import tempfile
@@ -142,6 +143,23 @@ def compare(n_agents: int, repeats: int, device: str) -> dict[str, float]:
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
+def peak_memory(name: str, n_agents: int) -> float:
+    """MiB that a process of its own needs at most to train one algorithm."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_train_alone, (name, n_agents))
+
+
+def _train_alone(name: str, n_agents: int) -> float:
+    warnings.simplefilter("ignore")
+    algorithm = {"mappo": MappoConfig, "happo": HappoConfig}[name].get_from_yaml()
+    with tempfile.TemporaryDirectory() as folder:
+        experiment = make_experiment(algorithm, n_agents, "cpu", folder)
+        batch = next(iter(experiment.collector)).exclude("info", ("agents", "info"), ("next", "agents", "info"))
+        for _ in range(3):
+            train(experiment, batch, lambda: None)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -159,7 +177,13 @@ def main() -> None:
             f"{t['happo'] / t['mappo']:>8.2f}{t['happo policy'] / t['minimal']:>10.2f}",
             flush=True,
         )
-    print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+    if arguments.device == "cpu":
+        most = max(arguments.agents)
+        peak = {name: peak_memory(name, most) for name in ("mappo", "happo")}
+        print(
+            f"peak memory of a process that trains 3 times, N = {most}: MAPPO {peak['mappo']:.0f} MiB, HAPPO "
+            f"{peak['happo']:.0f} MiB, ratio {peak['happo'] / peak['mappo']:.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ the last evaluation's return and of the area under the evaluation curve (the mea
 
 import argparse
 import csv
+import json
 from pathlib import Path
 
 import matplotlib
@@ -21,6 +22,18 @@ import numpy as np
 from benchmarl.eval_results import get_raw_dict_from_multirun_folder
 
 Curves = dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]]  # task -> algorithm -> (frames, return) by seed
+
+
+def check_runs(folder: Path) -> None:
+    """Refuse a folder in which a run was made twice: merging BenchMARL's reports would keep one of the two."""
+    seen: dict[tuple, Path] = {}
+    for file in sorted(folder.rglob("*.json")):
+        for tasks in json.loads(file.read_text()).values():
+            runs = [(t, a, s) for t, algorithms in tasks.items() for a, seeds in algorithms.items() for s in seeds]
+            for run in runs:
+                if run in seen:
+                    raise SystemExit(f"{' '.join(run)} is there twice: {seen[run]} and {file}. Name one multirun.")
+                seen[run] = file
 
 
 def evaluation_curves(folder: Path) -> Curves:
@@ -35,8 +48,9 @@ def evaluation_curves(folder: Path) -> Curves:
                         for name, step in report.items()
                         if name.startswith("step_")
                     )
-                    frames, values = np.array(steps).T
-                    curves.setdefault(task, {}).setdefault(algorithm, []).append((frames, values))
+                    if steps:
+                        frames, values = np.array(steps).T
+                        curves.setdefault(task, {}).setdefault(algorithm, []).append((frames, values))
     return curves
 
 
@@ -96,9 +110,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="a folder with BenchMARL runs below it, such as a Hydra multirun's")
     parser.add_argument("--output", type=Path, help="the picture; <folder>/learning_curves.png by default")
     arguments = parser.parse_args()
+    check_runs(arguments.folder)
     evaluation = evaluation_curves(arguments.folder)
     if not evaluation:
-        parser.error(f"no BenchMARL report (*.json) below {arguments.folder}: run with experiment.create_json=True")
+        parser.error(
+            f"no evaluation in the BenchMARL reports (*.json) below {arguments.folder}: run with "
+            "experiment.create_json=True and experiment.evaluation=True"
+        )
     path = (arguments.output or arguments.folder / "learning_curves.png").resolve()
     draw(evaluation, collection_curves(arguments.folder), path)
     print(table(evaluation))

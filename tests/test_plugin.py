@@ -27,6 +27,9 @@ TINY = [
 ]
 
 
+OURS = ("mars", "maspo", "happo", "cliphappo")
+
+
 def python(*arguments, cwd, fails=False) -> str:
     done = subprocess.run(
         [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=240, check=False
@@ -76,6 +79,15 @@ def test_multirun_with_benchmarls_own(tmp_path):
     assert names == [(name, f"seed_{i}") for name in ("mappo", "mars", "maspo") for i in (0, 1)]
 
 
+def test_sequential_algorithms_with_lists_on_the_command_line(tmp_path):
+    options = ["algorithm.fixed_order=[3,1,0,2]", "algorithm.teams=[[agents]]", "algorithm.actor_epochs=2"]
+    benchmarl("-m", "algorithm=happo,cliphappo", *options, "experiment.share_policy_params=False", *TINY, cwd=tmp_path)
+    files = list(tmp_path.rglob("train_agents_policy_order_position_*.csv"))
+    orders = {file.stem[-1]: float(file.read_text().split(",")[1]) for file in files}
+    assert len(files) == 8
+    assert orders == {"0": 3, "1": 1, "2": 0, "3": 2}
+
+
 def test_unknown_key_is_refused_by_name(tmp_path):
     output = benchmarl("algorithm=mars", "algorithm.epsilom=0.1", *TINY, cwd=tmp_path, fails=True)
     assert "epsilom" in output
@@ -95,14 +107,14 @@ def test_help_lists_our_algorithms(tmp_path):
     # BenchMARL's --help needs an algorithm and a task, whatever they are: both are mandatory choices.
     output = benchmarl("--help", "algorithm=mappo", "task=vmas/balance", cwd=tmp_path)
     line = next(line for line in output.splitlines() if line.startswith("algorithm:"))
-    assert {"mappo", "mars", "maspo"} <= set(line.removeprefix("algorithm:").replace(",", "").split())
+    assert {"mappo", *OURS} <= set(line.removeprefix("algorithm:").replace(",", "").split())
     line = next(line for line in output.splitlines() if line.startswith("experiment:"))
     assert {"base_experiment", "vmas_laptop"} <= set(line.removeprefix("experiment:").replace(",", "").split())
 
 
 def test_without_a_choice_ours_are_offered(tmp_path):
     output = benchmarl("task=vmas/balance", cwd=tmp_path, fails=True)
-    assert {"mappo", "mars", "maspo"} <= set(output.split("Available options:")[1].split())
+    assert {"mappo", *OURS} <= set(output.split("Available options:")[1].split())
 
 
 def test_script_without_hydra(tmp_path):

@@ -1,4 +1,4 @@
-"""clip-HAPPO: HAPPO whose factor is capped, so that its variance stays bounded in the number of agents."""
+"""clip-HAPPO: HAPPO whose factor is capped, so that its variance is bounded whatever the number of agents."""
 
 from dataclasses import MISSING, dataclass
 
@@ -12,8 +12,9 @@ class ClipHappo(Sequential):
 
     .. math:: L_i = \min(M, 1) \min(r_i A, \mathrm{clip}(r_i, 1 ± ε) A), \qquad M = \prod_{j \text{ before } i} r_j
 
-    The variance of M A grows exponentially with the agent's position in the order; that of min(M, 1) A is at most
-    E[A²]. The chain M itself is never clipped. The formula is the authors'.
+    The variance of M A can grow exponentially with the agent's position in the order (it does where large advantages
+    are positive, see ``examples/advantage_variance.py``); that of min(M, 1) A is at most E[A²], always. The chain M
+    itself is never clipped. The formula is the authors'.
 
     Args:
         clip_epsilon (float): ε in (0, 1).

@@ -89,10 +89,17 @@ def sweep(
         chunk (int, optional): rows per forward pass where no gradient is needed; None for all at once.
 
     Returns: what happened at each position, in order.
+
+    Raises:
+        ValueError: if an agent's data lacks ``old_log_prob``.
+
+    Examples: ``examples/torchrl_only.py`` is a complete training loop around it.
     """
     log_factor, infos = None, []
     for i in order:
         agent = agents[i]
+        if "old_log_prob" not in agent.data.keys():
+            raise ValueError("An agent's data has no 'old_log_prob': call remember_old_policy on every agent first.")
         data = agent.data if rows is None else agent.data[rows]
         if log_factor is None:
             log_factor = torch.zeros_like(data["old_log_prob"])

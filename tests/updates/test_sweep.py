@@ -8,6 +8,7 @@ from problems import MODELS, RECURRENT, N, make_agents, make_problem
 
 from benchmarl_trust.updates import (
     GradientStep,
+    GroupPolicy,
     MinibatchEpochs,
     fused,
     remember_old_policy,
@@ -164,6 +165,31 @@ def test_ratios_start_at_one(model, distribution, dtype, tolerance, monkeypatch)
     if distribution != "tanh":  # whose log-probs are those of the base normal
         got = torch.stack([a.data["old_log_prob"] for a in make_remembered(problem)], -1)
         torch.testing.assert_close(got, log_prob(problem).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_forgetting_the_old_policy_is_named():
+    with pytest.raises(ValueError, match="remember_old_policy"):
+        sweep(make_agents(make_problem()), [0, 1, 2], GradientStep("clip", EPSILON), clip_factor=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shared", [False, True], ids=["separate", "shared"])
+def test_no_step_waits_for_the_gpu(shared):
+    problem = make_problem(shared=shared, dtype=torch.float32)
+    cuda = problem._replace(batch=problem.batch.to("cuda"))
+    problem.policy.to("cuda")
+    group = GroupPolicy(problem.policy, N, cuda.batch[:2])
+    agents = make_agents(cuda._replace(group=group), fused=True)
+    for agent in agents:
+        remember_old_policy(agent)
+    step = MinibatchEpochs(GradientStep("clip", EPSILON, max_grad_norm=NORM), 2, 8, torch.Generator("cuda"))
+    sweep(agents, [0, 1, 2], step, clip_factor=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        infos = sweep(agents, [2, 0, 1], step, clip_factor=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(info.finite for info in infos)
 
 
 def make_remembered(problem):
