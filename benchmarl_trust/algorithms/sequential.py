@@ -121,14 +121,19 @@ class Sequential(TrustRegion):
             )
         if self.advantage not in ADVANTAGES:
             raise ValueError(f"algorithm.advantage={self.advantage} is unknown: choose one of {', '.join(ADVANTAGES)}.")
-        if not isinstance(self.fixed_order, bool):
-            for team in self.teams:
-                size = sum(len(self.group_map[group]) for group in team)
-                if sorted(self.fixed_order) != list(range(size)):
-                    raise ValueError(
-                        f"algorithm.fixed_order={list(self.fixed_order)} must be False, True or a permutation of "
-                        f"0 ... {size - 1}, the agents of the team {'+'.join(team)}."
-                    )
+
+    def _check_order(self, group: str) -> None:
+        """A given order must fit the group's team. (In an ensemble, other groups are other algorithms' concern.)"""
+        team = self._team_of(group)
+        size = sum(len(self.group_map[name]) for name in team)
+        if not isinstance(self.fixed_order, bool) and sorted(self.fixed_order) != list(range(size)):
+            raise ValueError(
+                f"algorithm.fixed_order={list(self.fixed_order)} must be False, True or a permutation of "
+                f"0 ... {size - 1}, the agents of the team {'+'.join(team)}."
+            )
+
+    def _team_of(self, group: str) -> list[str]:
+        return next(team for team in self.teams if group in team)
 
     def _check_team_rewards(self, batch: TensorDictBase) -> None:
         """One joint advantage needs one joint reward: compare the groups of each team, in every batch."""
@@ -155,6 +160,7 @@ class Sequential(TrustRegion):
     ######
 
     def _get_loss(self, group: str, policy_for_loss: TensorDictModule, continuous: bool) -> tuple[LossModule, bool]:
+        self._check_order(group)
         policy = GroupPolicy(
             policy_for_loss,
             n_agents=len(self.group_map[group]),
@@ -243,7 +249,7 @@ class Sequential(TrustRegion):
         """MAPPO's advantages and value targets; then, with the last group of a team, the team's policy phase."""
         batch = super().process_batch(group, batch)
         self._batches[group] = batch
-        team = next(team for team in self.teams if group in team)
+        team = self._team_of(group)
         if group == [name for name in self.experiment.train_group_map if name in team][-1]:
             self._policy_phase(team)
         return batch

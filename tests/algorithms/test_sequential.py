@@ -125,6 +125,14 @@ class TestOrders:
         for position, agent in enumerate(expected):
             assert logged[f"train_agents_policy_order_position_{position}"] == [agent, agent]
 
+    def test_an_order_must_fit_the_groups_of_its_own_algorithm_alone(self, make_experiment):
+        adversaries, agent = happo(fixed_order=[2, 0, 1]), happo(fixed_order=True)
+        experiment = make_experiment(
+            EnsembleAlgorithmConfig({"adversary": adversaries, "agent": agent}), task=simple_tag()
+        )
+        experiment.run()
+        assert scalars(experiment)["train_adversary_policy_order_position_0"] == [2, 2]
+
     def test_random_orders_are_fresh_and_seeded(self, run):
         def orders(seed):
             logged = scalars(run(happo(), seed=seed, max_n_iters=6, evaluation=False))
