@@ -79,12 +79,11 @@ def test_multirun_with_benchmarls_own(tmp_path):
     assert names == [(name, f"seed_{i}") for name in ("mappo", "mars", "maspo") for i in (0, 1)]
 
 
-def test_sequential_algorithms_with_lists_on_the_command_line(tmp_path):
+def test_sequential_algorithm_with_lists_on_the_command_line(tmp_path):
     options = ["algorithm.fixed_order=[3,1,0,2]", "algorithm.teams=[[agents]]", "algorithm.actor_epochs=2"]
-    benchmarl("-m", "algorithm=happo,cliphappo", *options, "experiment.share_policy_params=False", *TINY, cwd=tmp_path)
+    benchmarl("algorithm=cliphappo", *options, "experiment.share_policy_params=False", *TINY, cwd=tmp_path)
     files = list(tmp_path.rglob("train_agents_policy_order_position_*.csv"))
     orders = {file.stem[-1]: float(file.read_text().split(",")[1]) for file in files}
-    assert len(files) == 8
     assert orders == {"0": 3, "1": 1, "2": 0, "3": 2}
 
 
