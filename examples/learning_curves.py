@@ -20,6 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from benchmarl.eval_results import get_raw_dict_from_multirun_folder
+from matplotlib.ticker import EngFormatter
 
 Curves = dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]]  # task -> algorithm -> (frames, return) by seed
 
@@ -84,6 +85,7 @@ def draw(evaluation: Curves, collection: Curves, path: Path) -> None:
                 (line,) = axis.plot(frames, values.mean(0), label=f"{algorithm} ({len(seeds)} seeds)")
                 axis.fill_between(frames, values.min(0), values.max(0), alpha=0.2, color=line.get_color())
             axis.set(title=f"{task}, {kind}", xlabel="frames", ylabel="return")
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
             axis.grid(alpha=0.3)
             axis.legend()
     figure.tight_layout()
