@@ -3,11 +3,13 @@
 Each agent has a policy and an optimizer of its own; one critic sees all observations. In every iteration the agents
 take turns in a random order, each weighted by the compound ratio M of those before it; then the critic is trained.
 
-    python examples/torchrl_only.py
+    python examples/torchrl_only.py [iterations]
 
 takes half a minute on one CPU core and writes no files. For each iteration it prints the mean reward of a step, which
 rises, and the mean of M at each position of the order; its expectation is 1.
 """
+
+import sys
 
 import torch
 from tensordict import TensorDict
@@ -21,7 +23,8 @@ from benchmarl_trust.functional import normalize_advantage
 from benchmarl_trust.losses import SurrogateLoss
 from benchmarl_trust.updates import Agent, GradientStep, GroupPolicy, MinibatchEpochs, remember_old_policy, sweep
 
-ITERATIONS, ENVS, STEPS, EPOCHS, MINIBATCH, LR = 20, 60, 100, 10, 1000, 1e-3
+ITERATIONS = int(sys.argv[1]) if len(sys.argv) > 1 else 20
+ENVS, STEPS, EPOCHS, MINIBATCH, LR = 60, 100, 10, 1000, 1e-3
 NAMES = ("observation", "logits", "loc", "scale", "action", "state_value", "reward", "advantage")
 OBSERVATION, LOGITS, LOC, SCALE, ACTION, VALUE, REWARD, ADVANTAGE = (("agents", name) for name in NAMES)
 

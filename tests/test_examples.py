@@ -27,8 +27,13 @@ def test_benchmark_help():
     assert "--agents" in python(BENCHMARKS / "sequential_update.py", "--help")
 
 
-def test_torchrl_only_is_short():
+def test_torchrl_only():
     assert len((EXAMPLES / "torchrl_only.py").read_text().splitlines()) < 80
+    (line,) = [line for line in python(EXAMPLES / "torchrl_only.py", 1).splitlines() if "mean of M" in line]
+    first, *others = map(float, line.split("mean of M")[1].split())
+    assert first == 1
+    assert all(0.9 < factor < 1.1 for factor in others)
+    assert any(factor != 1 for factor in others)
 
 
 def test_learning_curves(run, tmp_path):

@@ -43,20 +43,32 @@ class ResumeState(Callback):
                 group: {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
                 for group, optimizers in self.experiment.optimizers.items()
             },
-            "generators": [generator.get_state() for generator in self.generators],
+            "generators": [[generator.device.type, generator.get_state()] for generator in self.generators],
             "random": _random_state(),
         }
 
     def on_load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore; a checkpoint without our entry (of another algorithm, say) leaves everything as it is."""
+        """Restore. A checkpoint without our entry leaves everything as it is; between devices of different kinds the
+        algorithms' generators start anew.
+
+        Raises:
+            ValueError: if the checkpoint is of an algorithm with other optimizers.
+        """
         state = state_dict.get(KEY)
         if state is None:
             return
         for group, optimizers in state["optimizers"].items():
+            current = self.experiment.optimizers[group]
+            if optimizers.keys() != current.keys():
+                raise ValueError(
+                    f"The checkpoint is of another algorithm, or of policies shared otherwise: for group {group} it has "
+                    f"the optimizers {list(optimizers)}, this experiment has {list(current)}."
+                )
             for name, optimizer_state in optimizers.items():
-                _load(self.experiment.optimizers[group][name], optimizer_state)
-        for generator, generator_state in zip(self.generators, state["generators"], strict=True):
-            generator.set_state(generator_state.cpu())
+                _load(current[name], optimizer_state)
+        for generator, (device, generator_state) in zip(self.generators, state["generators"], strict=True):
+            if generator.device.type == device:
+                generator.set_state(generator_state.cpu())
         self._random_state = state["random"]
         _set_random_state(self._random_state)
 

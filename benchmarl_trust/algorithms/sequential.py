@@ -30,6 +30,7 @@ from benchmarl_trust.updates import (
     GroupPolicy,
     MinibatchEpochs,
     PositionInfo,
+    fork_rng,
     forward,
     fused,
     log_ratio_of,
@@ -47,7 +48,8 @@ class Sequential(TrustRegion):
 
     Args:
         actor_epochs (int, optional): passes of each agent over the batch; None: the experiment's
-            ``on_policy_n_minibatch_iters``, so that each agent gets as many steps as MAPPO's policy.
+            ``on_policy_n_minibatch_iters``, so that each agent gets as many steps as MAPPO's policy. (Minibatches of
+            recurrent policies are whole sequences, which can make a step less per epoch.)
         actor_minibatch_size (int, optional): frames per step of an agent; None: the experiment's
             ``on_policy_minibatch_size``.
         fixed_order (bool or list of int): False: a fresh random order in every iteration; True: that of the agents;
@@ -126,10 +128,11 @@ class Sequential(TrustRegion):
         """A given order must fit the group's team. (In an ensemble, other groups are other algorithms' concern.)"""
         team = self._team_of(group)
         size = sum(len(self.group_map[name]) for name in team)
-        if not isinstance(self.fixed_order, bool) and sorted(self.fixed_order) != list(range(size)):
+        order = self.fixed_order
+        if not isinstance(order, bool) and not (isinstance(order, list) and sorted(order) == list(range(size))):
             raise ValueError(
-                f"algorithm.fixed_order={list(self.fixed_order)} must be False, True or a permutation of "
-                f"0 ... {size - 1}, the agents of the team {'+'.join(team)}."
+                f"algorithm.fixed_order={order} must be False, True or a permutation of 0 ... {size - 1}, the agents "
+                f"of the team {'+'.join(team)}."
             )
 
     def _team_of(self, group: str) -> list[str]:
@@ -198,7 +201,7 @@ class Sequential(TrustRegion):
         """A random input of the group's policy, to probe it with."""
         shape = (2, 3) if self.has_rnn else (4,)
         example = TensorDict({}, batch_size=shape, device=self.device)
-        with torch.random.fork_rng():  # the run's random numbers stay as they are
+        with fork_rng(self.device):  # the run's random numbers stay as they are
             agents = self.observation_spec[group].rand(shape).to(self.device)
         if self.action_mask_spec is not None and group in self.action_mask_spec.keys():
             agents.update(self.action_mask_spec[group].to(self.device).one(shape))
@@ -360,9 +363,11 @@ class Sequential(TrustRegion):
         """Log what happened, with one transfer to the host."""
         metrics: dict[str, Tensor] = {}
         names = [(group, i) for group in team for i in range(len(self.group_map[group]))]
+        shared = any(self._policies[group].shared for group in team)
         for k, (group, i) in enumerate(names):
             own = [info for info in infos if info.agent == k]
-            outputs = own[-1].outputs if len(own) == 1 else forward(agents[k], agents[k].data, chunk)
+            # A separate policy is as its turn has left it; a shared one has gone on since, and on other rows.
+            outputs = forward(agents[k], agents[k].data, chunk) if shared else own[-1].outputs
             values = self._agent_metrics(agents[k], outputs)
             values["loss"] = torch.stack([info.step.loss for info in own]).mean()
             values["grad_norm"] = torch.stack([info.step.grad_norm for info in own]).mean()
@@ -376,11 +381,11 @@ class Sequential(TrustRegion):
                 "factor_max": torch.stack([info.factor_max for info in here]).max(),
                 "factor_ess": torch.stack([info.factor_ess for info in here]).mean(),
                 "advantage_variance": torch.stack([info.advantage_variance for info in here]).mean(),
-                "order": torch.tensor(here[0].agent, device=self.device),
             }
             metrics |= {f"{'+'.join(team)}/policy/{k}_position_{position}": v for k, v in stats.items()}
         values = torch.stack([value.to(torch.float64) for value in metrics.values()]).tolist()
-        self._write(team, dict(zip(metrics, values, strict=True)))
+        order = {f"{'+'.join(team)}/policy/order_position_{k}": float(infos[k].agent) for k in range(n)}
+        self._write(team, dict(zip(metrics, values, strict=True)) | order)
 
     def _write(self, team: list[str], metrics: dict[str, float]) -> None:
         for group in team:  # means over the group's agents beside the single ones

@@ -8,6 +8,7 @@ from benchmarl_trust.functional.distribution import (
     categorical_log_probs,
     normal_kl,
     normal_log_prob,
+    squashed_normal_entropy,
 )
 from benchmarl_trust.functional.ratio import (
     check_same_shape,
@@ -47,5 +48,6 @@ __all__ = [
     "normalize_advantage",
     "quadratic_gain",
     "reciprocal_gain",
+    "squashed_normal_entropy",
     "team_advantage",
 ]

@@ -54,6 +54,32 @@ def normal_kl(old_loc: Tensor, old_scale: Tensor, loc: Tensor, scale: Tensor) ->
     return 0.5 * (ratio + shift - 1 - ratio.log()).sum(-1)
 
 
+def squashed_normal_entropy(loc: Tensor, scale: Tensor, log_half_width: Tensor, noise: Tensor) -> Tensor:
+    r"""An unbiased one-sample estimate of the entropy of a normal squashed by tanh into an interval.
+
+    .. math:: -\log \mathcal N(z; μ, σ) + \sum_d \log(1 - \tanh^2 z_d) + \log\frac{high_d - low_d}{2}, \qquad
+        z = μ + σ \, noise
+
+    The entropy has no closed form. The estimate is differentiable in loc and scale (reparameterised).
+
+    Args:
+        loc (Tensor): means before squashing, [*, D].
+        scale (Tensor): standard deviations before squashing, [*, D].
+        log_half_width (Tensor): log((high - low)/2) of the interval, broadcasting against [D].
+        noise (Tensor): standard normal, [*, D].
+
+    Returns: [*], in nats.
+
+    Examples:
+        >>> squashed_normal_entropy(torch.zeros(1), torch.ones(1), torch.zeros(1), torch.zeros(1)).round(decimals=4)
+        tensor(0.9189)
+    """
+    sample = loc + scale * noise
+    # log(1 - tanh² z) without its cancellation for large |z|
+    log_slope = 2 * (math.log(2) - sample - torch.nn.functional.softplus(-2 * sample))
+    return (log_slope + log_half_width).sum(-1) - normal_log_prob(loc, scale, sample)
+
+
 def categorical_log_probs(logits: Tensor, action_mask: Tensor | None = None) -> Tensor:
     """Normalised log-probabilities; -inf for actions that the mask forbids.
 

@@ -1,7 +1,7 @@
 """Stateful procedures over one batch. They know TensorDicts and policies, but not BenchMARL."""
 
 from benchmarl_trust.updates.adam import GradientStep, MinibatchEpochs, fused, shuffles
-from benchmarl_trust.updates.policy import AgentPolicy, GroupPolicy
+from benchmarl_trust.updates.policy import AgentPolicy, GroupPolicy, fork_rng
 from benchmarl_trust.updates.sweep import (
     Agent,
     PositionInfo,
@@ -21,6 +21,7 @@ __all__ = [
     "MinibatchEpochs",
     "PositionInfo",
     "StepInfo",
+    "fork_rng",
     "forward",
     "fused",
     "log_ratio_of",

@@ -54,7 +54,7 @@ class GradientStep:
         return loss
 
     def _clip(self, parameters: list[nn.Parameter]) -> Tensor:
-        norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or float("inf"))
+        norm = nn.utils.clip_grad_norm_(parameters, float("inf") if self.max_grad_norm is None else self.max_grad_norm)
         if self.max_grad_value is not None:
             nn.utils.clip_grad_value_(parameters, self.max_grad_value)
         return norm
@@ -105,10 +105,12 @@ def shuffles(rows: int, epochs: int, generator: torch.Generator):
 def fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The same Adam with PyTorch's fused step, unless its user chose an implementation or it has stepped before.
 
-    BenchMARL leaves the choice to PyTorch, which on a CPU loops over the parameters one operation at a time.
+    BenchMARL leaves the choice to PyTorch, which on a CPU loops over the parameters one operation at a time. On a GPU
+    the fused step keeps its counter there; another choice keeps it on the host, at one synchronisation per turn.
     """
     for group in optimizer.param_groups:
-        chosen = any(group.get(key) for key in ("foreach", "fused", "capturable", "differentiable"))
+        chosen = group["foreach"] is not None or group["fused"] is not None
+        chosen = chosen or group["capturable"] or group["differentiable"]
         if not optimizer.state and not chosen and all(p.is_floating_point() for p in group["params"]):
             group["fused"] = True
     return optimizer

@@ -22,6 +22,8 @@ class NormalHead:
         self.module = module
         self.keys = module.in_keys
         self.squashed = module.distribution_class is TanhNormal
+        low, high = (module.distribution_kwargs.get(key, bound) for key, bound in (("low", -1.0), ("high", 1.0)))
+        self.log_half_width = torch.as_tensor((high - low) / 2).log()
 
     def base_action(self, action: Tensor) -> Tensor:
         """The action before squashing, [*, N, D]; by TorchRL's own inverse, so with its treatment of the bounds."""
@@ -45,12 +47,8 @@ class NormalHead:
         loc, scale = parameters
         if not self.squashed:
             return scale.log().sum(-1) + 0.5 * (1 + math.log(2 * math.pi)) * scale.shape[-1]
-        kwargs = {
-            name: value[agent] if isinstance(value, Tensor) and value.ndim > 1 else value
-            for name, value in self.module.distribution_kwargs.items()
-        }
-        distribution = TanhNormal(loc, scale, **kwargs)
-        return -distribution.log_prob(distribution.rsample())
+        width = self.log_half_width[agent] if self.log_half_width.ndim > 1 else self.log_half_width
+        return F.squashed_normal_entropy(loc, scale, width.to(loc), torch.randn_like(loc))
 
 
 class CategoricalHead:
@@ -90,8 +88,10 @@ def head_of(module: ProbabilisticTensorDictModule) -> Head:
     """The head for the distribution of a policy's last module.
 
     Raises:
-        ValueError: for a distribution whose KL is not known here.
+        ValueError: for a distribution whose KL is not known here, or with ``tanh_loc``.
     """
+    if module.distribution_kwargs.get("tanh_loc"):
+        raise ValueError("Sequential updates do not know tanh_loc=True: leave it out of the distribution_kwargs.")
     try:
         return _HEADS[module.distribution_class](module)
     except KeyError:

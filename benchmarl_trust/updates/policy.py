@@ -9,6 +9,7 @@ Shapes: [*] is [B], or [B, T] for recurrent policies; N the agents of the group.
 import copy
 import re
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -81,10 +82,10 @@ class AgentPolicy:
     def backward(self, loss: Tensor) -> None:
         """Leave the gradient of ``loss`` in ``grad`` of the agent's leaves, and nowhere else."""
         sources = self.parameters if self.sources is None else [source for source, _ in self.sources]
-        gradients = torch.autograd.grad(loss, sources)
+        gradients = torch.autograd.grad(loss, sources, allow_unused=True)
         for i, (leaf, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
             row = None if self.sources is None else self.sources[i][1]
-            leaf.grad = gradient if row is None else gradient[row]
+            leaf.grad = gradient if row is None or gradient is None else gradient[row]
 
 
 class GroupPolicy:
@@ -118,10 +119,12 @@ class GroupPolicy:
         self.head = head_of(policy.module[-1])
         self.body = TensorDictSequential(*policy.module[:-1])
         named = dict(self.body.named_parameters())
-        with torch.random.fork_rng():  # neither the probe nor the twins' unused initial values move the run's generator
-            rows = self._rows(named, example)
+        trainable = {name: p for name, p in named.items() if p.requires_grad}
+        device = next(iter(named.values())).device
+        with fork_rng(device):  # neither the probe nor the twins' unused initial values move the run's generator
+            rows = self._rows(trainable, example)
             self.shared = rows is None
-            self.agents = [self._whole_group_agent(i, named, rows) for i in range(n_agents)]
+            self.agents = [self._whole_group_agent(i, trainable, rows) for i in range(n_agents)]
             twins = None if make_twin is None else self._twins(make_twin(), named)
         self.fast = twins is not None and self._agree(twins, example)
         if self.fast:
@@ -133,7 +136,7 @@ class GroupPolicy:
 
     def _rows(self, named: dict[str, nn.Parameter], example: TensorDictBase) -> dict[str, int | None] | None:
         """For each parameter the agent that owns it, or None if its rows are the agents'; None if one is shared."""
-        with torch.enable_grad():
+        with torch.enable_grad(), _perturbed(self.body):
             reach = [self._reach(agent, named, example) for agent in range(self.n_agents)]
         rows: dict[str, int | None] = {}
         for name, parameter in named.items():
@@ -182,7 +185,9 @@ class GroupPolicy:
                 if memory.shape != leaf.shape:
                     return None
                 leaf.data = memory
+                leaf.requires_grad_(p.requires_grad)
             _unwrap(body)
+        leaves = [[leaf for leaf in mine if leaf.requires_grad] for mine in leaves]
         return [AgentPolicy(body, 0, i, 1, self.head, leaves[i]) for i, body in enumerate(bodies)]
 
     @torch.no_grad()
@@ -211,6 +216,25 @@ def _unwrap(module: nn.Module) -> None:
 def _within_sequence(name: str) -> str:
     """A parameter's name less the places of its module in sequences of modules, which nest as they happen to."""
     return re.sub(r"^(module\.\d+\.)+", "", name)
+
+
+def fork_rng(device: torch.device | str):
+    """A context in which random numbers of the CPU and of this device can be drawn without moving the generators."""
+    device = torch.device(device)
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+@contextmanager
+def _perturbed(module: nn.Module):
+    """Noise on all parameters, bit for bit undone at the end: zero weights would hide a layer from a gradient probe."""
+    before = [p.detach().clone() for p in module.parameters()]
+    try:
+        for p in module.parameters():
+            p.data.add_(0.3 * torch.randn_like(p))
+        yield
+    finally:
+        for p, old in zip(module.parameters(), before, strict=True):
+            p.data.copy_(old)
 
 
 def _others(agent: int, n_agents: int) -> list[int]:
