@@ -59,7 +59,9 @@ class Problem(NamedTuple):
     batch: TensorDict
 
 
-def make_problem(model="mlp", distribution="tanh", n_agents=N, shared=False, twin=True, rows=24, dtype=torch.float64):
+def make_problem(
+    model="mlp", distribution="tanh", n_agents=N, shared=False, twin=True, rows=24, dtype=torch.float64, device="cpu"
+):
     torch.manual_seed(0)
     shape = (rows // 4, 4) if model in RECURRENT else (rows,)
     features = (8, 8, 3) if model == "cnn" else (FEATURES,)
@@ -80,11 +82,11 @@ def make_problem(model="mlp", distribution="tanh", n_agents=N, shared=False, twi
             action_spec=None,
         )
         if distribution in ("categorical", "masked"):
-            return TensorDictSequential(network).to(dtype)
+            return TensorDictSequential(network).to(device, dtype)
         keys = [("agents", "loc"), ("agents", "scale")]
         return TensorDictSequential(
             network, TensorDictModule(NormalParamExtractor("biased_softplus_1.0"), [("agents", "logits")], keys)
-        ).to(dtype)
+        ).to(device, dtype)
 
     policy = ProbabilisticTensorDictSequential(body(n_agents, shared), _head(distribution, n_agents, dtype))
     batch = TensorDict(batch_size=shape)
@@ -95,10 +97,11 @@ def make_problem(model="mlp", distribution="tanh", n_agents=N, shared=False, twi
     if model in RECURRENT:
         batch["is_init"][:, 0] = True
         batch["is_init"][1, 2] = True
+    batch = batch.to(device)
     group = GroupPolicy(policy, n_agents, batch[:2], (lambda: body(1, True)) if twin else None)
     with torch.no_grad():
         policy(batch)
-    batch["advantage"] = torch.randn(*shape, n_agents, dtype=dtype)
+    batch["advantage"] = torch.randn(*shape, n_agents, dtype=dtype).to(device)
     return Problem(policy, group, batch)
 
 

@@ -61,8 +61,8 @@ class ResumeState(Callback):
             current = self.experiment.optimizers[group]
             if optimizers.keys() != current.keys():
                 raise ValueError(
-                    f"The checkpoint is of another algorithm, or of policies shared otherwise: for group {group} it has "
-                    f"the optimizers {list(optimizers)}, this experiment has {list(current)}."
+                    f"The checkpoint is of another algorithm, or of policies shared otherwise: for group {group} it "
+                    f"has the optimizers {list(optimizers)}, this experiment has {list(current)}."
                 )
             for name, optimizer_state in optimizers.items():
                 _load(current[name], optimizer_state)

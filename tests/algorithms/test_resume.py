@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import CASES
 
-from benchmarl_trust import HappoConfig
+from benchmarl_trust import HappoConfig, MarsConfig
 from benchmarl_trust.algorithms.resume import KEY
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
@@ -78,6 +78,21 @@ def test_resuming_with_another_learning_rate(case, make_experiment):
     for optimizer in again.optimizers["agents"].values():
         assert optimizer.param_groups[0]["lr"] == 5e-6
         assert optimizer.param_groups[0]["eps"] == 1e-3
+
+
+def test_a_checkpoint_of_another_kind_of_device_still_loads(make_experiment):
+    one = make_experiment(HappoConfig.get_from_yaml())
+    state = one.state_dict()
+    state[KEY]["generators"] = [["cuda", torch.zeros(16, dtype=torch.uint8)]]
+    again = make_experiment(HappoConfig.get_from_yaml())
+    again.load_state_dict(state)
+    assert torch.equal(again.algorithm.generator.get_state(), one.algorithm.generator.get_state())
+
+
+def test_a_checkpoint_of_another_algorithm_is_named(make_experiment):
+    state = make_experiment(HappoConfig.get_from_yaml()).state_dict()
+    with pytest.raises(ValueError, match="of another algorithm"):
+        make_experiment(MarsConfig.get_from_yaml()).load_state_dict(state)
 
 
 def test_slices_stay_slices_after_loading(make_experiment, tmp_path):

@@ -1,5 +1,6 @@
 """HAPPO inside BenchMARL: identities with MAPPO, teams, orders, what is refused, what is not finite."""
 
+import contextlib
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from conftest import policy_parameters, scalars
 from environments import StandInTask
 
 from benchmarl_trust import ClipHappoConfig, HappoConfig
+from benchmarl_trust.algorithms import sequential as sequential_module
 
 sequential = pytest.mark.parametrize(
     "case", [case for case in CASES if case.sequential], ids=[case.id for case in CASES if case.sequential]
@@ -268,6 +270,81 @@ def simple_tag():
     return task
 
 
+class TestPolicyPhase:
+    """What the algorithm hands to the sweep."""
+
+    def seen(self, make_experiment, monkeypatch, config, **settings):
+        seen = {}
+
+        def catch(agents, order, step, clip_factor, rows=None, chunk=None):
+            seen.update(agents=agents, order=order, step=step, clip_factor=clip_factor)
+            raise StopIteration
+
+        monkeypatch.setattr(sequential_module, "sweep", catch)
+        experiment = make_experiment(config, **settings)
+        with contextlib.suppress(StopIteration):
+            experiment.run()
+        return experiment, seen
+
+    @pytest.mark.parametrize("share", [True, False], ids=["shared", "separate"])
+    @pytest.mark.parametrize(("config", "clipped"), [(HappoConfig, False), (ClipHappoConfig, True)])
+    def test_the_cap(self, config, clipped, share, make_experiment, monkeypatch):
+        _, seen = self.seen(make_experiment, monkeypatch, happo(config), share_policy_params=share)
+        assert seen["clip_factor"] is clipped
+
+    @pytest.mark.parametrize(("by_norm", "norm", "value"), [(True, 3.0, None), (False, None, 3.0)])
+    def test_the_step(self, by_norm, norm, value, make_experiment, monkeypatch):
+        config = happo(entropy_coef=0.03, clip_epsilon=0.1)
+        settings = {"clip_grad_norm": by_norm, "clip_grad_val": 3.0}
+        _, seen = self.seen(make_experiment, monkeypatch, config, **settings)
+        step = seen["step"].step
+        assert (step.surrogate, step.epsilon, step.entropy_coef) == ("clip", 0.1, 0.03)
+        assert (step.max_grad_norm, step.max_grad_value) == (norm, value)
+
+    def test_masks_are_handed_on(self, make_experiment, monkeypatch):
+        _experiment, seen = self.seen(
+            make_experiment, monkeypatch, happo(advantage="team"), task=StandInTask(absent=True)
+        )
+        masks = torch.stack([agent.data["mask"] for agent in seen["agents"]], -1)
+        assert masks[:, :2].all()
+        assert not masks[:, 2].all()
+        advantages = torch.stack([agent.data["advantage"] for agent in seen["agents"]], -1)
+        assert torch.equal(advantages[:, 0], advantages[:, 1])
+
+    def test_each_agent_of_a_team_gets_its_own_advantage(self, make_experiment):
+        experiment = make_experiment(happo(teams=[["adversary", "agent"]]), task=simple_tag())
+        algorithm = experiment.algorithm
+        batch = next(iter(experiment.collector))
+        sizes = {group: len(agents) for group, agents in experiment.group_map.items()}
+        for start, (group, size) in zip((0, sizes["adversary"]), sizes.items(), strict=True):
+            column = torch.arange(start, start + size, dtype=torch.float).unsqueeze(-1)
+            batch[group, "advantage"] = column.expand(*batch.batch_size, size, 1)
+            algorithm._batches[group] = batch
+        agents = algorithm._agents(["adversary", "agent"])
+        assert [agent.data["advantage"].unique().tolist() for agent in agents] == [[k] for k in range(len(agents))]
+
+
+def test_logs_of_a_shared_policy_are_of_its_final_state(make_experiment):
+    """One minibatch of all frames: its rows are permuted, and it was an agent's turn only once."""
+    from benchmarl_trust.updates import forward, log_ratio_of
+
+    experiment = make_experiment(
+        happo(actor_epochs=1, actor_minibatch_size=40), share_policy_params=True, max_n_iters=1, lr=0.01
+    )
+    algorithm, kept = experiment.algorithm, {}
+    original = algorithm._agents
+    algorithm._agents = lambda team: kept.setdefault("agents", original(team))
+    experiment.run()
+    logged = scalars(experiment)
+    for i, agent in enumerate(kept["agents"]):
+        outputs = forward(agent, agent.data)
+        kl = agent.policy.kl((agent.data["old_0"], agent.data["old_1"]), outputs).mean()
+        assert logged[f"train_agents_policy_kl_agent_{i}"] == [pytest.approx(kl.item(), rel=1e-4)]
+        ratio = log_ratio_of(agent, agent.data, outputs).exp()
+        outside = ((ratio < 0.8) | (ratio > 1.2)).float().mean().item()
+        assert logged[f"train_agents_policy_clip_fraction_agent_{i}"] == [pytest.approx(outside, abs=1e-6)]
+
+
 class TestSharing:
     def test_a_shared_policy_warns_once_with_the_cure(self, make_experiment):
         with pytest.warns(UserWarning, match="experiment.share_policy_params=False") as record:
@@ -311,6 +388,8 @@ class TestSharing:
         ("fixed_order", [0, 1], "a permutation of 0 ... 2"),
         ("fixed_order", [0, 1, 1], "a permutation of 0 ... 2"),
         ("fixed_order", "random", "a permutation of 0 ... 2"),
+        ("fixed_order", None, "a permutation of 0 ... 2"),
+        ("fixed_order", 2, "a permutation of 0 ... 2"),
     ],
 )
 def test_bad_values_are_refused_before_collection(key, value, cure, make_experiment):

@@ -39,12 +39,17 @@ def log_prob(problem, rows=slice(None)):
     return problem.policy.get_dist(batch.exclude(("agents", "log_prob"))).log_prob(batch["agents", "action"])
 
 
-def naive_loss(problem, old, factor, agent, rows, clip_factor):
-    ratio = (log_prob(problem, rows) - old[rows]).exp()[..., agent]
-    advantage = problem.batch["advantage"][rows][..., agent]
+def naive_loss(problem, old, factor, agent, rows, clip_factor, entropy_coef=0.0, present=None):
+    batch = problem.batch[rows]
+    dist = problem.policy.get_dist(batch.exclude(("agents", "log_prob")))
+    ratio = (dist.log_prob(batch["agents", "action"]) - old[rows]).exp()[..., agent]
+    advantage = batch["advantage"][..., agent]
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - EPSILON, 1 + EPSILON) * advantage)
     weight = factor.clamp(max=1) if clip_factor else factor
-    return -(weight * gain).mean()
+    value = weight * gain
+    if entropy_coef:
+        value = value + entropy_coef * dist.entropy()[..., agent]
+    return -value.mean() if present is None else -value[present[rows]].mean()
 
 
 def naive_adam(problem, moments, loss, agent, shared):
@@ -98,6 +103,41 @@ def test_separate_policies_equal_a_naive_loop(model, distribution, clip_factor):
     for p, q in zip(ours.policy.parameters(), theirs.policy.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10)
     assert (factor.max() - factor.min()) > 0.01, "the policies must have moved"
+
+
+@pytest.mark.parametrize("distribution", ["normal", "categorical", "masked"])
+def test_entropy_bonus_and_absent_agents_equal_a_naive_loop(distribution):
+    """Agent 2 is absent on every third row: M stands still there, and no mean counts it."""
+    ours, theirs = (make_problem("mlp", distribution) for _ in range(2))
+    agents, order = make_agents(ours), [2, 0, 1]
+    present = [torch.arange(24) % 3 > 0 if i == 2 else torch.ones(24, dtype=torch.bool) for i in range(N)]
+    for i, agent in enumerate(agents):
+        agent.data["mask"] = present[i]
+        remember_old_policy(agent)
+    one = GradientStep("clip", EPSILON, entropy_coef=0.1, max_grad_norm=NORM)
+    step = MinibatchEpochs(one, EPOCHS, SIZE, generator())
+    infos = sweep(agents, order, step, clip_factor=False)
+    random, moments = generator(), {}
+    old = log_prob(theirs).detach()
+    factor = torch.ones(24, dtype=torch.float64)
+    for info, i in zip(infos, order, strict=True):
+        torch.testing.assert_close(info.factor_mean, factor[present[i]].mean(), rtol=1e-9, atol=0)
+        for permutation in shuffles(24, EPOCHS, random):
+            for rows in permutation.split(SIZE):
+                loss = naive_loss(theirs, old, factor[rows], i, rows, False, entropy_coef=0.1, present=present[i])
+                naive_adam(theirs, moments, loss, i, shared=False)
+        ratio = (log_prob(theirs) - old).detach().exp()[..., i]
+        factor = factor * torch.where(present[i], ratio, 1)
+    for p, q in zip(ours.policy.parameters(), theirs.policy.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10)
+
+
+def test_gradients_are_clipped_by_value_too():
+    problem = make_problem()
+    agent = make_remembered(problem)[0]
+    norm = GradientStep("clip", EPSILON, max_grad_value=1e-3)(agent, agent.data, torch.ones(24)).grad_norm
+    assert norm > 1e-3
+    assert max(p.grad.abs().max() for p in agent.policy.parameters) == 1e-3
 
 
 @pytest.mark.parametrize("clip_factor", [False, True], ids=["happo", "cliphappo"])
@@ -173,16 +213,17 @@ def test_forgetting_the_old_policy_is_named():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shared", [False, True], ids=["separate", "shared"])
-def test_no_step_waits_for_the_gpu(shared):
-    problem = make_problem(shared=shared, dtype=torch.float32)
-    cuda = problem._replace(batch=problem.batch.to("cuda"))
-    problem.policy.to("cuda")
-    group = GroupPolicy(problem.policy, N, cuda.batch[:2])
-    agents = make_agents(cuda._replace(group=group), fused=True)
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
+@pytest.mark.parametrize("twin", [True, False], ids=["twin", "whole"])
+@pytest.mark.parametrize("distribution", ["tanh", "masked"])
+def test_no_step_waits_for_the_gpu(distribution, twin, entropy_coef):
+    problem = make_problem("mlp", distribution, twin=twin, dtype=torch.float32, device="cuda")
+    assert problem.group.fast is twin
+    agents = make_agents(problem, fused=True)
     for agent in agents:
         remember_old_policy(agent)
-    step = MinibatchEpochs(GradientStep("clip", EPSILON, max_grad_norm=NORM), 2, 8, torch.Generator("cuda"))
+    one = GradientStep("clip", EPSILON, entropy_coef=entropy_coef, max_grad_norm=NORM)
+    step = MinibatchEpochs(one, 2, 8, torch.Generator("cuda"))
     sweep(agents, [0, 1, 2], step, clip_factor=True)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -234,6 +275,41 @@ def test_which_policies_are_separate_and_which_run_alone(model):
     assert make_problem(model, shared=True).group.shared
     for i, agent in enumerate(group.agents):
         assert agent.index == i
+
+
+@pytest.mark.parametrize("model", ["mlp", "mlp-gnn-mlp"])
+def test_zero_weights_do_not_blind_the_probe(model):
+    problem = make_problem(model)
+    with torch.no_grad():
+        for p in list(problem.policy.parameters())[-2:]:
+            p.zero_()
+    before = [p.clone() for p in problem.policy.parameters()]
+    group = GroupPolicy(problem.policy, N, problem.batch[:2])
+    assert group.shared is (model == "mlp-gnn-mlp")
+    assert all(torch.equal(p, q) for p, q in zip(problem.policy.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("twin", [True, False], ids=["twin", "whole"])
+def test_frozen_and_unused_parameters_stay(twin):
+    problem = make_problem(twin=twin)
+    frozen, *_ = problem.policy.parameters()
+    frozen.requires_grad_(False)
+    problem.policy.module[0].register_parameter("unused", torch.nn.Parameter(torch.ones(2).double()))
+    group = GroupPolicy(problem.policy, N, problem.batch[:2])
+    assert not group.shared
+    before = frozen.clone()
+    agents = make_remembered(problem._replace(group=group))
+    infos = sweep(agents, [0, 1, 2], GradientStep("clip", EPSILON, max_grad_norm=NORM), clip_factor=False)
+    assert all(info.finite for info in infos)
+    assert torch.equal(frozen, before)
+    assert torch.equal(problem.policy.module[0].unused, torch.ones(2))
+
+
+def test_a_squashed_location_is_refused():
+    problem = make_problem()
+    problem.policy.module[-1].distribution_kwargs["tanh_loc"] = True
+    with pytest.raises(ValueError, match="tanh_loc"):
+        GroupPolicy(problem.policy, N, problem.batch[:2])
 
 
 def test_one_agent_is_never_shared():
