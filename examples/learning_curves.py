@@ -59,7 +59,9 @@ def collection_curves(folder: Path) -> Curves:
     """The mean return of the episodes collected in each iteration, from the CSV logger's files."""
     curves: Curves = {}
     for file in sorted(folder.rglob("collection_reward_episode_reward_mean.csv")):
-        report = next(file.parents[2].glob("*.json"))
+        report = next(file.parents[2].glob("*.json"), None)
+        if report is None:
+            continue  # a run that has not been evaluated yet
         ((_, tasks),) = get_raw_dict_from_multirun_folder(str(report.parent)).items()
         ((task, algorithms),) = tasks.items()
         (algorithm,) = algorithms
