@@ -4,8 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The demo: 20 iterations of 6000 frames for each algorithm, about a minute and a half each on two cores.
-DEMO_FRAMES ?= 120000
+# The demo: 45 iterations of 3000 frames for each algorithm, about a minute and a half each on two cores.
+DEMO_FRAMES ?= 135000
 DEMO_FOLDER ?= outputs/demo
 
 .PHONY: demo test lint clean
@@ -13,8 +13,9 @@ DEMO_FOLDER ?= outputs/demo
 demo: $(VENV)/.installed-vmas
 	rm -rf $(DEMO_FOLDER)
 	$(BIN)/python -W ignore -m benchmarl.run -m algorithm=mars,mappo task=vmas/balance experiment=vmas_laptop \
-		experiment.lr=0.001 experiment.max_n_frames=$(DEMO_FRAMES) experiment.evaluation_interval=12000 \
-		hydra.sweep.dir=$(DEMO_FOLDER)
+		experiment.max_n_frames=$(DEMO_FRAMES) experiment.evaluation_interval=15000 \
+		experiment.on_policy_collected_frames_per_batch=3000 experiment.on_policy_n_envs_per_worker=30 \
+		experiment.on_policy_minibatch_size=750 hydra.sweep.dir=$(DEMO_FOLDER)
 	$(BIN)/python examples/learning_curves.py $(DEMO_FOLDER)
 
 test: $(VENV)/.installed-test
