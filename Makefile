@@ -4,8 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The demo: 45 iterations of 3000 frames for each algorithm, about a minute and a half each on two cores.
-DEMO_FRAMES ?= 135000
+# The demo: 40 iterations of 3000 frames for each algorithm, about a minute and a half each on two cores.
+DEMO_FRAMES ?= 120000
 DEMO_FOLDER ?= outputs/demo
 
 .PHONY: demo test lint clean
