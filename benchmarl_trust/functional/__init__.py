@@ -1,6 +1,7 @@
 """Pure tensor functions: the mathematics, with no networks and no TensorDicts. Imports torch only."""
 
 from benchmarl_trust.functional.advantage import NORMALIZATIONS, normalize_advantage, team_advantage
+from benchmarl_trust.functional.conjugate_gradient import Solution, conjugate_gradient
 from benchmarl_trust.functional.distribution import (
     categorical_entropy,
     categorical_kl,
@@ -10,6 +11,8 @@ from benchmarl_trust.functional.distribution import (
     normal_log_prob,
     squashed_normal_entropy,
 )
+from benchmarl_trust.functional.kl_budget import greedy_bound, kkt_budget, uniform_budget
+from benchmarl_trust.functional.line_search import Search, line_search
 from benchmarl_trust.functional.ratio import (
     check_same_shape,
     effective_sample_size,
@@ -22,14 +25,18 @@ from benchmarl_trust.functional.surrogate import (
     Surrogate,
     check_surrogate,
     clip_gain,
+    linear_gain,
     log_gain,
     quadratic_gain,
     reciprocal_gain,
+    surrogate_objective,
 )
 
 __all__ = [
     "NORMALIZATIONS",
     "SURROGATES",
+    "Search",
+    "Solution",
     "Surrogate",
     "categorical_entropy",
     "categorical_kl",
@@ -38,8 +45,13 @@ __all__ = [
     "check_same_shape",
     "check_surrogate",
     "clip_gain",
+    "conjugate_gradient",
     "effective_sample_size",
     "factor_weight",
+    "greedy_bound",
+    "kkt_budget",
+    "line_search",
+    "linear_gain",
     "log_gain",
     "log_ratio",
     "masked_mean",
@@ -49,5 +61,7 @@ __all__ = [
     "quadratic_gain",
     "reciprocal_gain",
     "squashed_normal_entropy",
+    "surrogate_objective",
     "team_advantage",
+    "uniform_budget",
 ]

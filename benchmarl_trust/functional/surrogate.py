@@ -15,9 +15,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarl_trust.functional.ratio import check_same_shape, masked_mean
+
 #: From this log-ratio on, before its exponentials overflow, a gain goes on linearly; the reciprocal one on both sides.
 #: exp(10) = 22026 is far outside any trust region, while the square of a ratio leaves float32 at a log-ratio of 44.
 LINEAR_BEYOND = 10.0
+
+
+def linear_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tensor) -> Tensor:
+    r"""The importance-weighted advantage, :math:`L = r A`, without any bound: a KL bound must come from elsewhere.
+
+    Source: the surrogate of TRPO (Schulman et al. 2015, arXiv 1502.05477) and HATRPO (Kuba et al. 2022).
+
+    Args:
+        log_ratio (Tensor): x, any shape.
+        advantage (Tensor): A, the same shape.
+        epsilon (float or Tensor): not used; all gains are called alike.
+
+    Returns: the gain, to be maximised, in the shape of ``log_ratio``.
+
+    Examples:
+        >>> linear_gain(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 2.0]), 0.2)
+        tensor([2.0000, 5.4366])
+    """
+    return log_ratio.exp() * advantage
 
 
 def clip_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tensor) -> Tensor:
@@ -167,7 +188,39 @@ SURROGATES: dict[str, Surrogate] = {
         0.5,
     ),
     "log": Surrogate(log_gain, lambda low, high: (-low, high), math.inf),
+    "linear": Surrogate(linear_gain, lambda low, high: (-math.inf, math.inf), math.inf),
 }
+
+
+def surrogate_objective(
+    name: str,
+    log_ratio: Tensor,
+    advantage: Tensor,
+    weight: Tensor,
+    epsilon: float | Tensor,
+    mask: Tensor | None = None,
+) -> Tensor:
+    r"""One agent's objective, :math:`\operatorname{mean}(w · \mathrm{gain}(x, A))` over the steps where it is present.
+
+    Args:
+        name (str): a key of :data:`SURROGATES`.
+        log_ratio (Tensor): x, any shape; 0 where absent.
+        advantage (Tensor): A, the same shape.
+        weight (Tensor): w, the same shape.
+        epsilon (float or Tensor): ε.
+        mask (Tensor, optional): boolean, the same shape.
+
+    Returns: a scalar, to be maximised.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Examples:
+        >>> surrogate_objective("linear", torch.zeros(2), torch.tensor([1.0, 3.0]), torch.ones(2), 0.2)
+        tensor(2.)
+    """
+    check_same_shape(log_ratio=log_ratio, advantage=advantage, weight=weight)
+    return masked_mean(weight * SURROGATES[name].gain(log_ratio, advantage, epsilon), mask)
 
 
 def check_surrogate(name: str, epsilon: float, key: str = "epsilon") -> None:

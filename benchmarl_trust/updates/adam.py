@@ -46,9 +46,7 @@ class GradientStep:
         outputs = agent.policy.forward(data["inputs"])
         log_prob = agent.policy.log_prob(outputs, data["action"])
         log_ratio = F.log_ratio(log_prob, data["old_log_prob"], mask)
-        F.check_same_shape(log_ratio=log_ratio, advantage=data["advantage"], weight=weight)
-        gain = F.SURROGATES[self.surrogate].gain(log_ratio, data["advantage"], self.epsilon)
-        loss = -F.masked_mean(weight * gain, mask)
+        loss = -F.surrogate_objective(self.surrogate, log_ratio, data["advantage"], weight, self.epsilon, mask)
         if self.entropy_coef:
             loss = loss - self.entropy_coef * F.masked_mean(agent.policy.entropy(outputs), mask)
         return loss

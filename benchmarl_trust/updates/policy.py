@@ -22,7 +22,7 @@ from torchrl.modules.models.multiagent import MultiAgentNetBase
 from benchmarl_trust.updates.head import Head, head_of
 
 
-@dataclass
+@dataclass(eq=False)  # two policies are the same if they are one object, so that they can be keys
 class AgentPolicy:
     """One agent's policy: what to run, and what of it to optimise.
 
@@ -81,11 +81,28 @@ class AgentPolicy:
 
     def backward(self, loss: Tensor) -> None:
         """Leave the gradient of ``loss`` in ``grad`` of the agent's leaves, and nowhere else."""
+        for leaf, gradient in zip(self.parameters, self._gradients(loss), strict=True):
+            leaf.grad = gradient
+
+    def gradient(self, values: Tensor | tuple[Tensor, ...], weights: tuple | None = None, **kwargs) -> Tensor:
+        """The gradient of ``values``, times ``weights`` and summed, with respect to all leaves in one vector, [P].
+
+        ``kwargs`` are those of :func:`torch.autograd.grad`.
+        """
+        gradients = zip(self.parameters, self._gradients(values, grad_outputs=weights, **kwargs), strict=True)
+        return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in gradients])
+
+    def unflatten(self, vector: Tensor) -> list[Tensor]:
+        """A vector [P], or a longer one that is padded at its end, as tensors of the leaves' shapes and types."""
+        sizes = [p.numel() for p in self.parameters]
+        parts = vector[: sum(sizes)].split(sizes)
+        return [part.reshape(p.shape).to(p.dtype) for part, p in zip(parts, self.parameters, strict=True)]
+
+    def _gradients(self, values: Tensor | tuple[Tensor, ...], **kwargs) -> list[Tensor | None]:
         sources = self.parameters if self.sources is None else [source for source, _ in self.sources]
-        gradients = torch.autograd.grad(loss, sources, allow_unused=True)
-        for i, (leaf, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
-            row = None if self.sources is None else self.sources[i][1]
-            leaf.grad = gradient if row is None or gradient is None else gradient[row]
+        gradients = torch.autograd.grad(values, sources, allow_unused=True, **kwargs)
+        rows = [None] * len(gradients) if self.sources is None else [row for _, row in self.sources]
+        return [g if row is None or g is None else g[row] for g, row in zip(gradients, rows, strict=True)]
 
 
 class GroupPolicy:

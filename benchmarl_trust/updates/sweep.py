@@ -15,6 +15,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from benchmarl_trust import functional as F
+from benchmarl_trust.losses import old_outputs
 from benchmarl_trust.updates.policy import AgentPolicy
 
 
@@ -23,16 +24,20 @@ class Agent(NamedTuple):
 
     ``data`` has batch size [*] and the entries ``inputs`` (of the policy), ``action`` (before squashing),
     ``advantage`` [*] and, once :func:`remember_old_policy` has run, ``old_log_prob`` [*] and ``old_0``, ``old_1``,
-    the old distribution's parameters; optionally ``mask`` [*], True where the agent takes part.
+    the old distribution's parameters; optionally ``mask`` [*], True where the agent takes part. A natural step needs no
+    optimizer.
     """
 
     policy: AgentPolicy
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | None
     data: TensorDict
 
 
 class StepInfo(NamedTuple):
-    """What one agent's step leaves behind: scalars on the agent's device, not finite if anything in it was not."""
+    """What one agent's step leaves behind: scalars on the agent's device, not finite if anything in it was not.
+
+    Other steps return other named tuples; all that they hold is logged.
+    """
 
     loss: Tensor
     grad_norm: Tensor
@@ -45,7 +50,7 @@ class PositionInfo(NamedTuple):
         agent (int): its index in the team.
         factor_mean, factor_max, factor_ess (Tensor): of M, over the rows.
         advantage_variance (Tensor): Var(w(M) A).
-        step (StepInfo): its step.
+        step (StepInfo or another named tuple of scalars): its step.
         finite (Tensor): False if the step was undone.
         log_ratio (Tensor): its log-ratio after the step, [*].
         outputs (tuple of Tensor): its distribution's parameters after the step, each [*, ...].
@@ -63,11 +68,12 @@ class PositionInfo(NamedTuple):
 
 
 Step = Callable[[Agent, TensorDict, Tensor], StepInfo]
+Order = Sequence[int] | Callable[[Tensor, list[int]], int]
 
 
 def sweep(
     agents: Sequence[Agent],
-    order: Sequence[int],
+    order: Order,
     step: Step,
     clip_factor: bool,
     rows: Tensor | None = None,
@@ -82,8 +88,10 @@ def sweep(
 
     Args:
         agents (sequence of Agent): the team.
-        order (sequence of int): a permutation of the team's indices.
-        step (callable): ``step(agent, data, weight)`` moves one agent, with the rows' data and w(M) [*].
+        order (sequence of int, or callable): a permutation of the team's indices; or ``order(weight, moved)``, which
+            picks the next agent, given the present w(M) [*] and the agents that have moved.
+        step (callable): ``step(agent, data, weight)`` moves one agent, with the rows' data and w(M) [*]; it returns a
+            :class:`StepInfo` or another named tuple of scalars, and if one of them is not finite the step is undone.
         clip_factor (bool): cap the weight, never the chain, at 1.
         rows (Tensor, optional): which rows of the data to use; None for all of them.
         chunk (int, optional): rows per forward pass where no gradient is needed; None for all at once.
@@ -95,16 +103,16 @@ def sweep(
 
     Examples: ``examples/torchrl_only.py`` is a complete training loop around it.
     """
-    log_factor, infos = None, []
-    for i in order:
-        agent = agents[i]
-        if "old_log_prob" not in agent.data.keys():
-            raise ValueError("An agent's data has no 'old_log_prob': call remember_old_policy on every agent first.")
-        data = agent.data if rows is None else agent.data[rows]
-        if log_factor is None:
-            log_factor = torch.zeros_like(data["old_log_prob"])
+    if any("old_log_prob" not in agent.data.keys() for agent in agents):
+        raise ValueError("An agent's data has no 'old_log_prob': call remember_old_policy on every agent first.")
+    infos: list[PositionInfo] = []
+    old_log_prob = agents[0].data["old_log_prob"]
+    log_factor = torch.zeros_like(old_log_prob if rows is None else old_log_prob[rows])
+    for position in range(len(agents)):
         weight = F.factor_weight(log_factor, clip_factor)
-        after = _step_or_undo(step, agent, data, weight, chunk)
+        i = order(weight, [info.agent for info in infos]) if callable(order) else order[position]
+        data = agents[i].data if rows is None else agents[i].data[rows]
+        after = _step_or_undo(step, agents[i], data, weight, chunk)
         infos.append(PositionInfo(i, *_factor_statistics(log_factor, weight, data), *after))
         log_factor = log_factor + infos[-1].log_ratio
     return infos
@@ -124,12 +132,7 @@ def remember_old_policy(agent: Agent, chunk: int | None = None) -> None:
     outputs = forward(agent, agent.data, chunk)
     agent.data["old_log_prob"] = agent.policy.log_prob(outputs, agent.data["action"])
     for i, output in enumerate(outputs):
-        agent.data[f"old_{i}"] = output
-
-
-def old_outputs(data: TensorDict) -> tuple[Tensor, ...]:
-    """The old distribution's parameters that :func:`remember_old_policy` stored."""
-    return tuple(data[key] for key in ("old_0", "old_1") if key in data.keys())
+        agent.data[f"old_{i}"] = output.clone()  # it may be a parameter itself, such as a standard deviation
 
 
 @torch.no_grad()
@@ -161,7 +164,7 @@ def _step_or_undo(
     info = step(agent, data, weight)
     outputs = forward(agent, data, chunk)
     log_ratio = log_ratio_of(agent, data, outputs)
-    finite = info.loss.isfinite() & info.grad_norm.isfinite() & log_ratio.isfinite().all()
+    finite = torch.stack([value.isfinite() for value in info]).all() & log_ratio.isfinite().all()
     for tensor in _state(agent):
         old = before.get(id(tensor), 0)  # a moment that was made in this step was zero before it
         tensor.data.copy_(torch.where(finite.to(tensor.device), tensor, old))
@@ -170,13 +173,9 @@ def _step_or_undo(
 
 
 def _state(agent: Agent) -> list[Tensor]:
-    moments = [
-        value
-        for leaf in agent.policy.parameters
-        for value in agent.optimizer.state.get(leaf, {}).values()
-        if isinstance(value, Tensor)
-    ]
-    return [*agent.policy.parameters, *moments]
+    state = {} if agent.optimizer is None else agent.optimizer.state
+    moments = [value for leaf in agent.policy.parameters for value in state.get(leaf, {}).values()]
+    return [*agent.policy.parameters, *(value for value in moments if isinstance(value, Tensor))]
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
-"""Numbers of the public reference implementations of HAPPO and clip-HAPPO, in float64.
+"""Numbers of the public reference implementations of HAPPO and HATRPO and their clip- variants, in float64.
 
-The files in tests/data were made by running HARL's HAPPO and Le & Ta's clip-HAPPO on a tiny problem: 3 agents,
-64 frames, one full batch, 3 epochs, agent order [2, 0, 1].
+The files in tests/data were made by running HARL's HAPPO and HATRPO and Le & Ta's clip-HAPPO and clip-HATRPO on a tiny
+problem: 3 agents, 64 frames, one full batch (HAPPO: 3 epochs), agent order [2, 0, 1].
 """
 
 import json
@@ -14,8 +14,18 @@ from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDict
 from tensordict.nn.distributions import NormalParamExtractor
 from torchrl.modules import IndependentNormal, MultiAgentMLP
 
-from benchmarl_trust.updates import Agent, GradientStep, GroupPolicy, remember_old_policy, sweep
-from benchmarl_trust.updates.sweep import StepInfo
+from benchmarl_trust.updates import (
+    Agent,
+    GradientStep,
+    GroupPolicy,
+    NaturalGradient,
+    NaturalStep,
+    StepInfo,
+    UniformAllocation,
+    remember_old_policy,
+    sweep,
+)
+from benchmarl_trust.updates.natural import LocalModel
 
 DATA = Path(__file__).parents[1] / "data"
 LAYERS = {"0.weight": "W1", "0.bias": "b1", "2.weight": "W2", "2.bias": "b2", "4.weight": "W3", "4.bias": "b3"}
@@ -32,8 +42,13 @@ def _default_dtype():
 
 def close(got, expected):
     """To 1e-10 of the largest entry."""
-    expected = torch.tensor(expected, dtype=torch.float64)
+    expected = torch.as_tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
+
+
+def flat(named, names):
+    """A dictionary of parameter-shaped lists as one vector, in the order of the policy's parameters."""
+    return torch.cat([torch.tensor(named[name], dtype=torch.float64).flatten() for name in names])
 
 
 def network(n_agents, outputs, share):
@@ -65,12 +80,8 @@ def policy_of(case):
     return policy, lambda: ProbabilisticTensorDictSequential(*body(1, True), head)[:-1]
 
 
-@pytest.mark.parametrize("twin", [True, False], ids=["one-agent twin", "whole group"])
-@pytest.mark.parametrize("case_name", ["box_softplus", "disc_joint_adv"])
-@pytest.mark.parametrize("file", ["happo", "clip_happo"])
-def test_reference_numbers(file, case_name, twin):
-    case = json.loads((DATA / f"{file}.json").read_text())[case_name]
-    config = case["config"]
+def agents_of(case, twin):
+    """The policy, and its agents with the case's data."""
     policy, make_twin = policy_of(case)
     discrete = case["action_space"] == "discrete"
     obs = torch.tensor(case["obs"], dtype=torch.float64).transpose(0, 1)
@@ -88,11 +99,33 @@ def test_reference_numbers(file, case_name, twin):
             },
             batch_size=64,
         )
+        config = case["config"]
         optimizer = torch.optim.Adam(agent.parameters, lr=config["lr"], eps=config["opti_eps"])
         agents.append(Agent(agent, optimizer, data))
         remember_old_policy(agents[-1])
         close(agents[-1].data["old_log_prob"], case["old_log_prob"][agent.index])
+    return policy, agents
 
+
+def check_factor_and_parameters(policy, agents, info, log_factor, expected):
+    """M handed over before and after the turn, and the agent's parameters after it."""
+    close(log_factor.exp(), expected["factor_before"])
+    log_factor = log_factor + info.log_ratio
+    close(log_factor.exp(), expected["factor_after"])
+    close(agents[info.agent].data["old_log_prob"] + info.log_ratio, expected["new_log_prob"])
+    for name, p in policy.named_parameters():
+        key = LAYERS[".".join(name.split(".")[-2:])]
+        close(p.data[info.agent], expected["params_after"][key])
+    return log_factor
+
+
+@pytest.mark.parametrize("twin", [True, False], ids=["one-agent twin", "whole group"])
+@pytest.mark.parametrize("case_name", ["box_softplus", "disc_joint_adv"])
+@pytest.mark.parametrize("file", ["happo", "clip_happo"])
+def test_happo_reference_numbers(file, case_name, twin):
+    case = json.loads((DATA / f"{file}.json").read_text())[case_name]
+    config = case["config"]
+    policy, agents = agents_of(case, twin)
     one = GradientStep("clip", config["clip_param"], config["entropy_coef"], config["max_grad_norm"])
     seen = []
 
@@ -105,14 +138,47 @@ def test_reference_numbers(file, case_name, twin):
     log_factor = torch.zeros(64, dtype=torch.float64)
     for info, (weight, epochs), expected in zip(infos, seen, case["steps"], strict=True):
         assert info.agent == expected["agent"]
-        close(log_factor.exp(), expected["factor_before"])
         close(weight, expected["factor_used"])
         for epoch, numbers in zip(epochs, expected["epochs"], strict=True):
             close(epoch.loss, numbers["loss"])
             close(epoch.grad_norm, numbers["grad_norm_before_clip"])
-        log_factor = log_factor + info.log_ratio
-        close(log_factor.exp(), expected["factor_after"])
-        close(agents[info.agent].data["old_log_prob"] + info.log_ratio, expected["new_log_prob"])
-        for name, p in policy.named_parameters():
-            key = LAYERS[".".join(name.split(".")[-2:])]
-            close(p.data[info.agent], expected["params_after"][key])
+        log_factor = check_factor_and_parameters(policy, agents, info, log_factor, expected)
+
+
+@pytest.mark.parametrize("twin", [True, False], ids=["one-agent twin", "whole group"])
+@pytest.mark.parametrize("case_name", ["box_softplus", "disc_true_kl"])
+@pytest.mark.parametrize("file", ["hatrpo", "clip_hatrpo"])
+def test_hatrpo_reference_numbers(file, case_name, twin):
+    case = json.loads((DATA / f"{file}.json").read_text())[case_name]
+    config = case["config"]
+    policy, agents = agents_of(case, twin)
+    names = [LAYERS[".".join(name.split(".")[-2:])] for name, _ in policy.named_parameters()]
+    turns = []
+
+    class Allocation(UniformAllocation):
+        def __call__(self, agent, data, weight):
+            given = case["steps"][len(turns)]["fvp_on_given_vector"]
+            product = LocalModel(agent, data).fisher_product(flat(given["v"], names))
+            close(product + 0.1 * flat(given["v"], names), flat(given["fvp"], names))
+            turns.append((weight, super().__call__(agent, data, weight)))
+            return turns[-1][1]
+
+    allocation = Allocation(config["kl_threshold"], NaturalGradient(10, 0.1))
+    search = {key: config[key] for key in ("ls_step", "accept_ratio", "backtrack_coeff")}
+    infos = sweep(agents, [2, 0, 1], NaturalStep(agents, allocation, **search), clip_factor=file.startswith("clip"))
+
+    log_factor = torch.zeros(64, dtype=torch.float64)
+    for info, (weight, turn), expected in zip(infos, turns, case["steps"], strict=True):
+        assert info.agent == expected["agent"]
+        close(weight, expected["factor_used"])
+        close(turn.objective, expected["surrogate_before"])
+        close(turn.proposal.gradient[0], flat(expected["gradient"], names))
+        close(turn.proposal.direction[0], flat(expected["cg_direction"], names))
+        close(info.step.step_size, expected["step_size"])
+        (trial,) = expected["line_search"]
+        assert trial["accepted"]
+        assert info.step.accepted_fraction == 1
+        close(info.step.kl_spent, trial["kl"])
+        close(info.step.gain_realised, trial["loss_improve"])
+        close(info.step.gain_predicted, trial["expected_improve"])
+        log_factor = check_factor_and_parameters(policy, agents, info, log_factor, expected)

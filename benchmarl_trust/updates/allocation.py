@@ -1,0 +1,203 @@
+"""Who gets how much of the team's KL budget: equal shares, HATRPO-W's by KKT, HATRPO-G's by greed.
+
+An allocation is asked for each agent's :class:`~benchmarl_trust.updates.natural.Turn` and told what it has cost.
+:mod:`benchmarl_trust.functional.kl_budget` has the formulas.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from benchmarl_trust import functional as F
+from benchmarl_trust.updates.natural import LocalModel, NaturalGradient, Proposal, Turn
+from benchmarl_trust.updates.sweep import Agent
+
+#: Iterations by which a direction is brought up to date when only the weight w(M) has changed.
+REFINE = 3
+
+#: How scores are estimated, see :func:`scores`.
+ESTIMATORS = ("plugin", "split")
+
+
+class UniformAllocation:
+    """Each agent the same bound: HATRPO.
+
+    Args:
+        kl_bound (float): δ of each agent.
+        solver (NaturalGradient): computes the directions.
+    """
+
+    def __init__(self, kl_bound: float, solver: NaturalGradient):
+        self.kl_bound = kl_bound
+        self.solver = solver
+
+    def __call__(self, agent: Agent, data: TensorDict, weight: Tensor) -> Turn:
+        """The agent's turn."""
+        model = LocalModel(agent, data)
+        objective, gradient = model.gradient(weight)
+        proposal = self.solver([model], [gradient])
+        return Turn(objective, proposal, proposal.score.new_tensor(self.kl_bound), proposal.score[0])
+
+    def spend(self, kl: Tensor) -> None:
+        """Nobody else has this agent's share."""
+
+
+class KktAllocation:
+    """HATRPO-W: scores of all agents at M = 1 decide the bounds before anybody moves.
+
+    Separate policies keep the direction of that first solve as the start of their turn's, when their gradient has
+    changed with M and their Fisher matrix has not.
+
+    Args:
+        agents (sequence of Agent): the team.
+        total (float): D, the team's budget.
+        low (float): least bound of an agent.
+        high (float): largest bound of an agent.
+        solver (NaturalGradient): computes the directions.
+        estimator (str): of the scores, see :func:`scores`.
+    """
+
+    def __init__(
+        self,
+        agents: Sequence[Agent],
+        total: float,
+        low: float,
+        high: float,
+        solver: NaturalGradient,
+        estimator: str = "plugin",
+    ):
+        self.agents = agents
+        self.solver = solver
+        self._warm = not _shared(agents)
+        self._proposals, found = [], []
+        for agent in agents:  # one after another, so that only one graph is in memory
+            models, weight = [LocalModel(agent, agent.data)], torch.ones_like(agent.data["advantage"])
+            self._proposals.append(solver(models, [models[0].gradient(weight)[1]]))
+            found.append(scores(estimator, models, weight, solver, self._proposals[-1]))
+        self.score = torch.cat(found)
+        self.kl_bound = F.kkt_budget(self.score, total, low, high)
+
+    def __call__(self, agent: Agent, data: TensorDict, weight: Tensor) -> Turn:
+        """The agent's turn."""
+        i = _index(self.agents, agent)
+        model = LocalModel(agent, data)
+        objective, gradient = model.gradient(weight)
+        if self._warm:
+            proposal = replace(self.solver, cg_iters=REFINE)([model], [gradient], self._proposals[i])
+        else:
+            proposal = self.solver([model], [gradient])
+        return Turn(objective, proposal, self.kl_bound[i], self.score[i])
+
+    def spend(self, kl: Tensor) -> None:
+        """What an agent leaves of its share is not given to another."""
+
+    def order(self) -> list[int]:
+        """The agents by falling score."""
+        return self.score.argsort(descending=True).tolist()
+
+
+class GreedyAllocation:
+    """HATRPO-G: before each turn all agents that have not moved are compared under the present M.
+
+    Separate policies keep their graphs until their turn and bring their directions up to date by a few iterations: the
+    gradient changes with M, the Fisher matrix does not. So memory grows with the number of agents.
+
+    Args:
+        agents (sequence of Agent): the team.
+        total (float): D, the team's budget.
+        low (float): least bound of an agent.
+        high (float): largest bound of an agent; what is left of D wins over ``low``.
+        solver (NaturalGradient): computes the directions.
+        estimator (str): of the scores, see :func:`scores`.
+        cap (float, optional): if given, δ = min(cap, what is left) in place of the agent's share.
+        order (sequence of int, optional): a given order in place of the greedy one.
+    """
+
+    def __init__(
+        self,
+        agents: Sequence[Agent],
+        total: float,
+        low: float,
+        high: float,
+        solver: NaturalGradient,
+        estimator: str = "plugin",
+        cap: float | None = None,
+        order: Sequence[int] | None = None,
+    ):
+        self.agents = agents
+        self.remaining = agents[0].data["advantage"].new_tensor(total, dtype=torch.float64)
+        self.low, self.high, self.cap = low, high, cap
+        self.solver, self.estimator, self.order = solver, estimator, order
+        self._shared = _shared(agents)
+        self._models: dict[int, LocalModel] = {}
+        self._candidates: list[int] = []
+        self._proposal: Proposal | None = None
+        self._turn: Turn | None = None
+
+    def choose(self, weight: Tensor, moved: list[int]) -> int:
+        """The next agent: the one with the largest score, which is the largest predicted gain per KL."""
+        candidates = [i for i in range(len(self.agents)) if i not in moved]
+        objectives, proposal, score = self._compare(candidates, weight)
+        place = int(score.argmax()) if self.order is None else candidates.index(self.order[len(moved)])
+        if self.cap is None:
+            kl_bound = F.greedy_bound(score, place, self.remaining, self.low, self.high)
+        else:
+            kl_bound = self.remaining.clamp(min=0, max=self.cap)
+        self._turn = Turn(objectives[place], proposal.select([place]), kl_bound, score[place])
+        self._models.pop(candidates[place])
+        return candidates[place]
+
+    def _compare(self, candidates: list[int], weight: Tensor) -> tuple[tuple[Tensor, ...], Proposal, Tensor]:
+        if self._shared or not self._models:  # a step on shared parameters makes every model stale
+            self._models = {i: LocalModel(self.agents[i], self.agents[i].data) for i in candidates}
+            self._proposal = None
+        models = [self._models[i] for i in candidates]
+        objectives, gradients = zip(*(model.gradient(weight) for model in models), strict=True)
+        if self._proposal is None:
+            proposal = self.solver(models, gradients)
+        else:
+            start = self._proposal.select([self._candidates.index(i) for i in candidates])
+            proposal = replace(self.solver, cg_iters=REFINE)(models, gradients, start)
+        self._candidates, self._proposal = candidates, proposal
+        return objectives, proposal, scores(self.estimator, models, weight, self.solver, proposal)
+
+    def __call__(self, agent: Agent, data: TensorDict, weight: Tensor) -> Turn:
+        """The turn of the agent that was chosen."""
+        return self._turn
+
+    def spend(self, kl: Tensor) -> None:
+        """What the turn really cost leaves the budget."""
+        self.remaining = self.remaining - kl
+
+
+def scores(
+    estimator: str, models: Sequence[LocalModel], weight: Tensor, solver: NaturalGradient, proposal: Proposal
+) -> Tensor:
+    r"""What the agents can gain per root of KL, s, [n].
+
+    ``plugin``: :math:`s = (g^T d)^2 / q` of the proposal itself. It is too large by about parameters / samples, and so
+    favours agents with large networks.
+
+    ``split``: :math:`s = \max(0, g_a^T (F + λI)^{-1} g_b)` with the gradients of the two halves of the batch, whose
+    noise is independent, since collected batches have whole environments in each half. It costs another solve.
+
+    Source: reconstructed.
+    """
+    if estimator == "plugin":
+        return proposal.score
+    half = len(weight) // 2
+    first, second = ([model.gradient(weight, rows)[1] for model in models] for rows in (slice(half), slice(half, None)))
+    other = solver(models, second)
+    found = torch.stack([g.double() @ d[: len(g)] for g, d in zip(first, other.direction, strict=True)])
+    return torch.where(other.finite & found.isfinite(), found.clamp(min=0), 0)
+
+
+def _index(agents: Sequence[Agent], agent: Agent) -> int:
+    return next(i for i, other in enumerate(agents) if other.policy is agent.policy)
+
+
+def _shared(agents: Sequence[Agent]) -> bool:
+    return len({id(agent.policy.parameters[0]) for agent in agents}) < len(agents)

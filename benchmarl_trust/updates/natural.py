@@ -1,0 +1,272 @@
+r"""One agent's natural-gradient step: a direction times a search along it, under a bound on the KL divergence.
+
+.. math:: (F + λI) d = g, \qquad q = d^T (F + λI) d, \qquad Δ = \sqrt{2δ / q}\; d, \qquad s = (g^T d)^2 / q
+
+g is the gradient of the surrogate, F the Hessian of the mean KL where the agent stands, both from
+:class:`~benchmarl_trust.losses.TrustRegionLoss`; :func:`~benchmarl_trust.functional.line_search` walks back from Δ.
+√(2 s δ) is what the step is to gain.
+
+Shapes: n agents, P parameters each (padded with zeros to the largest), [*] the batch.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from benchmarl_trust import functional as F
+from benchmarl_trust.losses import TrustRegionLoss, old_outputs
+from benchmarl_trust.updates.sweep import Agent, forward
+
+
+class NaturalInfo(NamedTuple):
+    """What a natural step leaves behind: scalars on the agent's device, not finite if the gradient or curvature was.
+
+    Attributes:
+        loss (Tensor): -J before the step.
+        grad_norm (Tensor): of g.
+        kl_bound (Tensor): δ, what the agent was allocated, in nats.
+        kl_spent (Tensor): KL(before ‖ after), 0 if the step was rejected.
+        score (Tensor): s.
+        step_size (Tensor): √(2δ/q), the length of the natural-gradient step.
+        accepted_fraction (Tensor): of Δ, 0 if rejected.
+        backtracks (Tensor): fractions that failed.
+        rejected (Tensor): 1 if no fraction was accepted.
+        gain_predicted (Tensor): fraction · gᵀΔ.
+        gain_realised (Tensor): J after - J before.
+        cg_residual (Tensor): ‖g - (F + λI) d‖ / ‖g‖.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    kl_bound: Tensor
+    kl_spent: Tensor
+    score: Tensor
+    step_size: Tensor
+    accepted_fraction: Tensor
+    backtracks: Tensor
+    rejected: Tensor
+    gain_predicted: Tensor
+    gain_realised: Tensor
+    cg_residual: Tensor
+
+
+class LocalModel:
+    r"""An agent's surrogate to first order and its KL to second, where its policy stands.
+
+    The Fisher product is Gauss-Newton's, exact for a KL: :math:`F v = J^T H (J v)` with J the Jacobian of the
+    distribution's parameters and H the Hessian of the mean KL in them. The network's graph is built once: J v is the
+    derivative of Jᵀu, linear in u, along v. That takes four matrix products per layer where the double backward of
+    the KL takes six, and needs no second derivative of the network.
+
+    Args:
+        agent (Agent): its policy.
+        data (TensorDict): its data, [*].
+    """
+
+    def __init__(self, agent: Agent, data: TensorDict):
+        self.policy = agent.policy
+        self.data = data
+        self.loss = TrustRegionLoss(agent.policy)
+        with torch.enable_grad():
+            outputs = self.loss.outputs(data)
+            moving = [i for i, output in enumerate(outputs) if output.requires_grad]  # an action mask does not
+            self._roots = tuple(outputs[i] for i in moving)
+            self._leaves = tuple(root.detach().requires_grad_() for root in self._roots)
+            self._duals = tuple(torch.zeros_like(root, requires_grad=True) for root in self._roots)
+            self._outputs = list(outputs)
+            for i, leaf in zip(moving, self._leaves, strict=True):
+                self._outputs[i] = leaf
+            here = tuple(output.detach() for output in self._outputs)
+            self._kl_slope = _grad(self.loss.kl(here, tuple(self._outputs), data), self._leaves, create_graph=True)
+            self._pulled_back = self.policy.gradient(self._roots, self._duals, create_graph=True)
+
+    def gradient(self, weight: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """J on the given rows under w(M), and its gradient [P]."""
+        part = self.data[rows].copy()
+        part["weight"] = weight[rows]
+        with torch.enable_grad():
+            objective = self.loss.objective(tuple(output[rows] for output in self._outputs), part)
+            slope = _grad(objective, self._leaves)
+        return objective.detach(), self.policy.gradient(self._roots, slope, retain_graph=True)
+
+    def fisher_product(self, vector: Tensor) -> Tensor:
+        """F v, [P]."""
+        pushed = _grad(self._pulled_back, self._duals, vector, retain_graph=True)
+        curved = _grad(self._kl_slope, self._leaves, pushed, retain_graph=True)
+        return self.policy.gradient(self._roots, curved, retain_graph=True)
+
+
+def _grad(values, inputs, weights=None, **kwargs) -> tuple[Tensor, ...]:
+    """torch.autograd.grad, with zeros for what ``values`` do not depend on."""
+    return torch.autograd.grad(values, inputs, weights, materialize_grads=True, **kwargs)
+
+
+def _cloned(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(output.clone() for output in outputs)
+
+
+class Proposal(NamedTuple):
+    """Directions of n agents, each [n, P] in float64."""
+
+    gradient: Tensor
+    direction: Tensor
+    residual: Tensor
+    finite: Tensor
+    """[n]."""
+
+    @property
+    def product(self) -> Tensor:
+        """(F + λI) d."""
+        return self.gradient - self.residual
+
+    @property
+    def curvature(self) -> Tensor:
+        """q, [n]."""
+        return (self.direction * self.product).sum(-1)
+
+    @property
+    def score(self) -> Tensor:
+        """s, [n]; 0 where there is no direction to go."""
+        slope = (self.gradient * self.direction).sum(-1)
+        usable = self.finite & (self.curvature > 0)
+        return torch.where(usable, slope.square() / self.curvature, 0)
+
+    def select(self, agents: list[int]) -> "Proposal":
+        """Those of some of the agents."""
+        return Proposal(*(value[agents] for value in self))
+
+
+@dataclass
+class NaturalGradient:
+    """Directions of steepest ascent in the KL metric, by conjugate gradients for several agents at once.
+
+    The network's products are of its own type; the vectors of the solve are float64, since in float32 its dot products
+    lose conjugacy.
+
+    Args:
+        cg_iters (int): iterations of conjugate gradients.
+        cg_damping (float): λ.
+        cg_tolerance (float): a solve is done at ‖residual‖² < tolerance · ‖g‖².
+    """
+
+    cg_iters: int = 10
+    cg_damping: float = 0.1
+    cg_tolerance: float = 1e-10
+
+    def __call__(
+        self, models: Sequence[LocalModel], gradients: Sequence[Tensor], start: Proposal | None = None
+    ) -> Proposal:
+        """Solve for n agents.
+
+        Args:
+            models (sequence of LocalModel): of the agents.
+            gradients (sequence of Tensor): g of each.
+            start (Proposal, optional): directions for other gradients of the same models, to start from.
+        """
+        size = max(len(gradient) for gradient in gradients) if start is None else start.direction.shape[-1]
+
+        def stacked(vectors: Sequence[Tensor]) -> Tensor:
+            return torch.stack([torch.nn.functional.pad(vector, (0, size - len(vector))) for vector in vectors])
+
+        def matvec(vectors: Tensor) -> Tensor:
+            rows = zip(models, vectors, gradients, strict=True)
+            products = [model.fisher_product(v[: len(g)].to(g.dtype)) for model, v, g in rows]
+            return stacked(products).double() + self.cg_damping * vectors
+
+        g = stacked(gradients).double()
+        warm = None if start is None else (start.direction, start.product)
+        solution = F.conjugate_gradient(matvec, g, self.cg_iters, self.cg_tolerance, start=warm)
+        return Proposal(g, solution.x, solution.residual, solution.finite)
+
+
+class Turn(NamedTuple):
+    """What an allocation gives to the agent whose turn it is."""
+
+    objective: Tensor
+    """J before the step."""
+    proposal: Proposal
+    """Its direction, n = 1."""
+    kl_bound: Tensor
+    """δ."""
+    score: Tensor
+    """The s that decided δ."""
+
+
+@dataclass
+class NaturalStep:
+    """The natural-gradient step, for :func:`~benchmarl_trust.updates.sweep`.
+
+    Where agents share their parameters the step of one moves all: the KL that the search bounds is then the mean over
+    these agents, from where the turn began.
+
+    Args:
+        agents (sequence of Agent): the team.
+        allocation (callable): ``allocation(agent, data, weight)`` gives the agent's :class:`Turn`; its ``spend(kl)`` is
+            told what the turn has cost.
+        ls_step (int): fractions that the line search tries.
+        accept_ratio (float): share of the predicted gain that must be realised.
+        backtrack_coeff (float): from one fraction to the next.
+    """
+
+    agents: Sequence[Agent]
+    allocation: Callable[[Agent, TensorDict, Tensor], Turn]
+    ls_step: int = 10
+    accept_ratio: float = 0.5
+    backtrack_coeff: float = 0.8
+
+    def __call__(self, agent: Agent, data: TensorDict, weight: Tensor) -> NaturalInfo:
+        """Move one agent."""
+        turn = self.allocation(agent, data, weight)
+        gradient, direction = turn.proposal.gradient.squeeze(0), turn.proposal.direction.squeeze(0)
+        curvature = turn.proposal.curvature.squeeze(0)
+        step_size = torch.where(curvature > 0, (2 * turn.kl_bound / curvature).sqrt(), 0)
+        expected = step_size * (gradient * direction).sum()
+        search = F.line_search(
+            agent.policy.parameters,
+            agent.policy.unflatten(step_size * direction),
+            self._evaluate(agent, data, weight, turn.objective),
+            expected,
+            turn.kl_bound,
+            self.ls_step,
+            self.accept_ratio,
+            self.backtrack_coeff,
+        )
+        self.allocation.spend(search.kl)
+        rejected = ((search.trials > 0) & (search.fraction == 0)).to(expected.dtype)
+        norm = gradient.norm()
+        residual = torch.where(norm > 0, turn.proposal.residual.norm() / norm, norm)
+        return NaturalInfo(
+            loss=-turn.objective,
+            grad_norm=norm,
+            kl_bound=turn.kl_bound,
+            kl_spent=search.kl,
+            score=turn.score,
+            step_size=step_size,
+            accepted_fraction=search.fraction,
+            backtracks=(search.trials - 1 + rejected).clamp(min=0),
+            rejected=rejected,
+            gain_predicted=search.fraction * expected,
+            gain_realised=search.gain,
+            cg_residual=torch.where(turn.proposal.finite.squeeze(0), residual, torch.nan),
+        )
+
+    def _evaluate(self, agent: Agent, data: TensorDict, weight: Tensor, objective: Tensor):
+        """A function that gives gain and KL at the present parameters, relative to those of now."""
+        loss, data = TrustRegionLoss(agent.policy), data.copy()
+        data["weight"] = weight
+        sharing = [other for other in self.agents if other.policy.parameters[0] is agent.policy.parameters[0]]
+        alone = len(sharing) == 1  # then the turn begins at the old policy
+        before = [old_outputs(data)] if alone else [_cloned(forward(other, other.data)) for other in sharing]
+
+        def evaluate() -> tuple[Tensor, Tensor]:
+            now = [forward(other, other.data) for other in sharing]
+            own = next(outputs for other, outputs in zip(sharing, now, strict=True) if other.policy is agent.policy)
+            rows = zip(sharing, before, now, strict=True)
+            kl = torch.stack([loss.kl(old, new, other.data) for other, old, new in rows]).mean()
+            return loss.objective(own, data) - objective, kl
+
+        return evaluate
