@@ -1,21 +1,40 @@
-"""Makes the algorithms known to BenchMARL and to Hydra."""
+"""Makes the algorithms and tasks known to BenchMARL and to Hydra."""
+
+import sys
+from types import ModuleType
 
 from benchmarl.algorithms import algorithm_config_registry
+from benchmarl.environments import task_config_registry
 from hydra.core.config_store import ConfigStore
 
 from benchmarl_trust.algorithms import ALGORITHMS
+from benchmarl_trust.environments import TrustGamesTask
 
 
 def register() -> None:
-    """Add every algorithm to BenchMARL's registry and its schema to Hydra's ConfigStore. Calling it twice is safe.
+    """Add algorithms and tasks to BenchMARL's registries and their schemas to Hydra's ConfigStore; twice is safe.
 
-    BenchMARL copies its own registry into the ConfigStore once, when it is imported, so both are needed.
+    BenchMARL copies its own registries into the ConfigStore once, when it is imported, so both are needed.
 
     Examples:
         >>> register()
         >>> algorithm_config_registry["mars"].__name__
         'MarsConfig'
+        >>> task_config_registry["trust_games/climbing"].name
+        'CLIMBING'
     """
     algorithm_config_registry.update(ALGORITHMS)
     for name, config in ALGORITHMS.items():
         ConfigStore.instance().store(group="algorithm", name=f"{name}_config", node=config)
+    for task in TrustGamesTask:
+        _register_task(task)
+
+
+def _register_task(task: TrustGamesTask) -> None:
+    environment, name = task.env_name(), task.name.lower()
+    task_config_registry[f"{environment}/{name}"] = task
+    ConfigStore.instance().store(group="task", name=f"{environment}_{name}_config", node=task.schema())
+    # BenchMARL looks for a task's schema in a module of its own package; without one it warns and checks nothing.
+    module = ModuleType(f"benchmarl.environments.{environment}.{name}")
+    module.TaskConfig = task.schema()
+    sys.modules[module.__name__] = module

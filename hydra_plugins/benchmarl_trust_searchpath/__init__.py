@@ -17,6 +17,6 @@ class BenchmarlTrustSearchPath(SearchPathPlugin):
         """Register the algorithms and append their conf folder."""
         if "benchmarl" not in sys.modules:
             return
-        from benchmarl_trust.algorithms import conf_folder
+        from benchmarl_trust.paths import conf_folder
 
         search_path.append("benchmarl_trust", f"file://{conf_folder()}")
