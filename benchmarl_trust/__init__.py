@@ -10,13 +10,22 @@ from benchmarl_trust.algorithms import (
     ALGORITHMS,
     ClipHappo,
     ClipHappoConfig,
+    ClipHatrpo,
+    ClipHatrpoConfig,
     Happo,
     HappoConfig,
+    Hatrpo,
+    HatrpoConfig,
+    HatrpoG,
+    HatrpoGConfig,
+    HatrpoW,
+    HatrpoWConfig,
     Mars,
     MarsConfig,
     Maspo,
     MaspoConfig,
 )
+from benchmarl_trust.environments import TrustGamesTask
 from benchmarl_trust.registration import register
 
 register()
@@ -25,11 +34,20 @@ __all__ = [
     "ALGORITHMS",
     "ClipHappo",
     "ClipHappoConfig",
+    "ClipHatrpo",
+    "ClipHatrpoConfig",
     "Happo",
     "HappoConfig",
+    "Hatrpo",
+    "HatrpoConfig",
+    "HatrpoG",
+    "HatrpoGConfig",
+    "HatrpoW",
+    "HatrpoWConfig",
     "Mars",
     "MarsConfig",
     "Maspo",
     "MaspoConfig",
+    "TrustGamesTask",
     "register",
 ]

@@ -12,6 +12,9 @@ SEQUENTIAL = tuple(
     f"policy_{key}"
     for key in ("kl", "clip_fraction", "entropy", "loss", "grad_norm", "kl_agent_0", "entropy_agent_0", "loss_agent_0")
 )
+NATURAL_KEYS = ("kl", "entropy", "loss", "grad_norm", "kl_bound", "kl_spent", "score", "step_size")
+NATURAL_KEYS += ("accepted_fraction", "backtracks", "rejected", "gain_predicted", "gain_realised", "cg_residual")
+NATURAL = tuple(f"policy_{key}{agent}" for key in NATURAL_KEYS for agent in ("", "_agent_0"))
 #: What a sequential update logs for a team, by position in its order.
 POSITIONS = ("factor_mean", "factor_max", "factor_ess", "advantage_variance", "order")
 
@@ -29,7 +32,16 @@ class Case(NamedTuple):
 
     @property
     def sequential(self) -> bool:
-        return self.logged is SEQUENTIAL
+        return self.logged in (SEQUENTIAL, NATURAL)
+
+    @property
+    def natural(self) -> bool:
+        return self.logged is NATURAL
+
+    @property
+    def entropy(self) -> dict:
+        """An entropy bonus, where the algorithm has one."""
+        return {} if self.natural else {"entropy_coef": 0.01}
 
     def config(self, **overrides):
         config = ALGORITHMS[self.name].get_from_yaml()
@@ -45,4 +57,9 @@ CASES = [
     Case("maspo"),
     Case("happo", logged=SEQUENTIAL),
     Case("cliphappo", logged=SEQUENTIAL),
+    Case("hatrpo", logged=NATURAL),
+    Case("cliphatrpo", logged=NATURAL),
+    Case("hatrpow", logged=NATURAL),
+    Case("hatrpow", {"s_estimator": "split", "order": "score"}, logged=NATURAL),
+    Case("hatrpog", logged=NATURAL),
 ]

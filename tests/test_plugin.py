@@ -27,7 +27,7 @@ TINY = [
 ]
 
 
-OURS = ("mars", "maspo", "happo", "cliphappo")
+OURS = ("mars", "maspo", "happo", "cliphappo", "hatrpo", "cliphatrpo", "hatrpow", "hatrpog")
 
 
 def python(*arguments, cwd, fails=False) -> str:

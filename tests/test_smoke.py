@@ -138,7 +138,7 @@ def test_unsquashed_normal_separate_critics_minibatch_advantage(case, run):
 @all_cases
 @pytest.mark.parametrize("over", ["batch", "per_agent"])
 def test_normalized_advantage_with_entropy_bonus(case, over, run):
-    check_trained(case, run(case.config(normalize_advantage=over, entropy_coef=0.01)))
+    check_trained(case, run(case.config(normalize_advantage=over, **case.entropy)))
 
 
 @all_cases

@@ -1,13 +1,13 @@
 """clip-HAPPO: HAPPO whose factor is capped, so that its variance is bounded whatever the number of agents."""
 
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 
 from benchmarl.algorithms.common import Algorithm
 
-from benchmarl_trust.algorithms.sequential import Sequential, SequentialConfig
+from benchmarl_trust.algorithms.sequential_clip import SequentialClip, SequentialClipConfig
 
 
-class ClipHappo(Sequential):
+class ClipHappo(SequentialClip):
     r"""HAPPO with a capped compound ratio (Le & Ta, arXiv 2606.25526).
 
     .. math:: L_i = \min(M, 1) \min(r_i A, \mathrm{clip}(r_i, 1 ± ε) A), \qquad M = \prod_{j \text{ before } i} r_j
@@ -17,19 +17,16 @@ class ClipHappo(Sequential):
     itself is never clipped. The formula is the authors'.
 
     Args:
-        clip_epsilon (float): ε in (0, 1).
-        **kwargs: those of :class:`~benchmarl_trust.algorithms.sequential.Sequential`.
+        **kwargs: those of :class:`~benchmarl_trust.algorithms.sequential_clip.SequentialClip`.
     """
 
-    def __init__(self, clip_epsilon: float, **kwargs):
-        super().__init__(surrogate="clip", epsilon=clip_epsilon, clip_factor=True, **kwargs)
+    def __init__(self, **kwargs):
+        super().__init__(clip_factor=True, **kwargs)
 
 
 @dataclass
-class ClipHappoConfig(SequentialConfig):
+class ClipHappoConfig(SequentialClipConfig):
     """Configuration dataclass for :class:`ClipHappo`."""
-
-    clip_epsilon: float = MISSING
 
     @staticmethod
     def associated_class() -> type[Algorithm]:

@@ -1,7 +1,6 @@
 """What all algorithms share: BenchMARL's MAPPO with a surrogate gain in place of its clip."""
 
 from dataclasses import MISSING, dataclass
-from pathlib import Path
 
 from benchmarl.algorithms import Mappo, MappoConfig
 from benchmarl.algorithms.common import AlgorithmConfig
@@ -16,13 +15,7 @@ from benchmarl_trust import functional as F
 from benchmarl_trust.algorithms.guard import FiniteGuard, own_callback
 from benchmarl_trust.algorithms.resume import ResumeState
 from benchmarl_trust.losses import SurrogateLoss
-
-
-def conf_folder() -> Path:
-    """The folder of the package's yaml files: inside the package in a wheel, beside it in a checkout."""
-    package = Path(__file__).parents[1]
-    packaged = package / "conf"
-    return packaged if packaged.is_dir() else package.parent / "conf"
+from benchmarl_trust.paths import conf_folder
 
 
 class TrustRegion(Mappo):

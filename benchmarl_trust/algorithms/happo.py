@@ -1,13 +1,13 @@
 """HAPPO: PPO's clipped objective, one agent after another."""
 
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 
 from benchmarl.algorithms.common import Algorithm
 
-from benchmarl_trust.algorithms.sequential import Sequential, SequentialConfig
+from benchmarl_trust.algorithms.sequential_clip import SequentialClip, SequentialClipConfig
 
 
-class Happo(Sequential):
+class Happo(SequentialClip):
     r"""Heterogeneous-agent PPO (Kuba et al. 2022, arXiv 2109.11251).
 
     .. math:: L_i = M \min(r_i A, \mathrm{clip}(r_i, 1 ± ε) A), \qquad M = \prod_{j \text{ before } i} r_j
@@ -16,19 +16,16 @@ class Happo(Sequential):
     before it. Then the critic is trained. The formula is the authors'.
 
     Args:
-        clip_epsilon (float): ε in (0, 1).
-        **kwargs: those of :class:`~benchmarl_trust.algorithms.sequential.Sequential`.
+        **kwargs: those of :class:`~benchmarl_trust.algorithms.sequential_clip.SequentialClip`.
     """
 
-    def __init__(self, clip_epsilon: float, **kwargs):
-        super().__init__(surrogate="clip", epsilon=clip_epsilon, clip_factor=False, **kwargs)
+    def __init__(self, **kwargs):
+        super().__init__(clip_factor=False, **kwargs)
 
 
 @dataclass
-class HappoConfig(SequentialConfig):
+class HappoConfig(SequentialClipConfig):
     """Configuration dataclass for :class:`Happo`."""
-
-    clip_epsilon: float = MISSING
 
     @staticmethod
     def associated_class() -> type[Algorithm]:

@@ -22,23 +22,8 @@ from torchrl.objectives import LossModule
 
 from benchmarl_trust import functional as F
 from benchmarl_trust.algorithms.common import TrustRegion, TrustRegionConfig
-from benchmarl_trust.algorithms.guard import POLICY_PHASE
-from benchmarl_trust.losses import CriticPhaseLoss
-from benchmarl_trust.updates import (
-    Agent,
-    GradientStep,
-    GroupPolicy,
-    MinibatchEpochs,
-    PositionInfo,
-    fork_rng,
-    forward,
-    fused,
-    log_ratio_of,
-    old_outputs,
-    remember_old_policy,
-    shuffles,
-    sweep,
-)
+from benchmarl_trust.losses import CriticPhaseLoss, old_outputs
+from benchmarl_trust.updates import Agent, GroupPolicy, PositionInfo, fork_rng, forward, remember_old_policy
 
 ADVANTAGES = ("per_agent", "team")
 
@@ -46,12 +31,9 @@ ADVANTAGES = ("per_agent", "team")
 class Sequential(TrustRegion):
     """The base of the sequential algorithms: who is in a team, in which order its agents move, and what is logged.
 
+    A subclass says how they move (:meth:`_sweep`).
+
     Args:
-        actor_epochs (int, optional): passes of each agent over the batch; None: the experiment's
-            ``on_policy_n_minibatch_iters``, so that each agent gets as many steps as MAPPO's policy. (Minibatches of
-            recurrent policies are whole sequences, which can make a step less per epoch.)
-        actor_minibatch_size (int, optional): frames per step of an agent; None: the experiment's
-            ``on_policy_minibatch_size``.
         fixed_order (bool or list of int): False: a fresh random order in every iteration; True: that of the agents;
             or a permutation of the team's agents, counted through its groups.
         advantage (str): ``per_agent``, as in MAPPO, or ``team``, the mean over the team's agents, which is what the
@@ -66,12 +48,11 @@ class Sequential(TrustRegion):
     """
 
     loss_class = CriticPhaseLoss
-    epsilon_key = "clip_epsilon"
+    #: What a shared policy means for this kind of update; part of a warning.
+    shared_policy_note: str
 
     def __init__(
         self,
-        actor_epochs: int | None,
-        actor_minibatch_size: int | None,
         fixed_order: bool | list[int],
         advantage: str,
         teams: list[list[str]] | None,
@@ -79,13 +60,12 @@ class Sequential(TrustRegion):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.actor_epochs = actor_epochs or self.experiment_config.n_optimizer_steps(self.on_policy)
-        self.minibatch_frames = actor_minibatch_size or self.experiment_config.train_minibatch_size(self.on_policy)
         self.fixed_order = fixed_order
         self.advantage = advantage
         self.clip_factor = clip_factor
         self.teams = self._resolve_teams(teams)
-        self._check_settings(actor_epochs, actor_minibatch_size)
+        if advantage not in ADVANTAGES:
+            raise ValueError(f"algorithm.advantage={advantage} is unknown: choose one of {', '.join(ADVANTAGES)}.")
 
         self.generator = torch.Generator(self.device).manual_seed(self.experiment.seed)
         self.resume_state.generators.append(self.generator)
@@ -111,18 +91,6 @@ class Sequential(TrustRegion):
         if len(set(named)) < len(named):
             raise ValueError(f"algorithm.teams={teams}: a group can be in one team only.")
         return teams + [[group] for group in self.group_map if group not in named]
-
-    def _check_settings(self, epochs: int | None, minibatch: int | None) -> None:
-        frames = self.experiment_config.collected_frames_per_batch(self.on_policy)
-        if epochs is not None and epochs < 1:
-            raise ValueError(f"algorithm.actor_epochs={epochs} must be at least 1, or null for the experiment's.")
-        if minibatch is not None and not 1 <= minibatch <= frames:
-            raise ValueError(
-                f"algorithm.actor_minibatch_size={minibatch} must lie between 1 and the {frames} frames of a batch "
-                "(experiment.on_policy_collected_frames_per_batch), or be null for the experiment's."
-            )
-        if self.advantage not in ADVANTAGES:
-            raise ValueError(f"algorithm.advantage={self.advantage} is unknown: choose one of {', '.join(ADVANTAGES)}.")
 
     def _check_order(self, group: str) -> None:
         """A given order must fit the group's team. (In an ensemble, other groups are other algorithms' concern.)"""
@@ -176,12 +144,8 @@ class Sequential(TrustRegion):
         return super()._get_loss(group, policy_for_loss, continuous)
 
     def _get_parameters(self, group: str, loss: LossModule) -> dict[str, list]:
-        """One optimizer per agent (one Adam for all would move the others by stale momentum), and the critic's."""
-        critic = {"loss_critic": list(loss.critic_network_params.flatten_keys().values())}
-        agents = self._policies[group].agents
-        if self._policies[group].shared:
-            return {f"{POLICY_PHASE}shared": agents[0].parameters, **critic}
-        return {f"{POLICY_PHASE}agent_{agent.index}": agent.parameters for agent in agents} | critic
+        """The critic's, for BenchMARL's loop."""
+        return {"loss_critic": list(loss.critic_network_params.flatten_keys().values())}
 
     def _warn_of_shared_policy(self, group: str) -> None:
         asked = self.experiment_config.share_policy_params
@@ -192,8 +156,7 @@ class Sequential(TrustRegion):
         warnings.warn(
             f"{type(self).__name__}: the agents of group {group} share policy parameters ({cause}). The update of one "
             "agent then moves the others too, and the argument for monotonic improvement, which needs one policy per "
-            "agent, does not hold. The agents will take turns within each minibatch, and the one network makes "
-            f"{len(self.group_map[group])} times as many steps as MAPPO's. {cure}",
+            f"agent, does not hold. {self.shared_policy_note} {cure}",
             stacklevel=2,
         )
 
@@ -260,28 +223,26 @@ class Sequential(TrustRegion):
     def _policy_phase(self, team: list[str]) -> None:
         """Update the policies of the team's agents, one after another, on the batches of its groups."""
         agents = self._agents(team)
-        chunk = self._minibatch_rows(agents)
+        chunk = self._chunk(agents)
         for agent in agents:
             remember_old_policy(agent, chunk)
-        order = self._order(len(agents))
-        if any(self._policies[group].shared for group in team):
-            infos = self._minibatch_sweeps(agents, order, chunk)
-        else:
-            step = MinibatchEpochs(self._gradient_step(), self.actor_epochs, chunk, self.generator)
-            infos = sweep(agents, order, step, self.clip_factor, chunk=chunk)
+        infos = self._sweep(team, agents, self._order(len(agents)))
         self._log(team, agents, infos, chunk)
 
-    def _minibatch_sweeps(self, agents: list[Agent], order: list[int], chunk: int) -> list[PositionInfo]:
-        """Shared policies: an update of one agent moves the others, so the sweep runs within each minibatch.
+    def _sweep(self, team: list[str], agents: list[Agent], order: list[int]) -> list[PositionInfo]:
+        """Move the agents; what happened at each position, or at each position of each minibatch."""
+        raise NotImplementedError
 
-        Source: reconstructed after Le & Ta's shared variant, whose running product is never reset; here M starts at 1
-        in every minibatch.
-        """
-        infos, step = [], self._gradient_step()
-        for permutation in shuffles(len(agents[0].data), self.actor_epochs, self.generator):
-            for rows in permutation.split(chunk):
-                infos += sweep(agents, order, step, self.clip_factor, rows)
-        return infos
+    def _chunk(self, agents: list[Agent]) -> int | None:
+        """Rows per forward pass where no gradient is needed; None for all at once."""
+        return None
+
+    def _optimizer(self, group: str, agent: int) -> torch.optim.Optimizer | None:
+        """The agent's optimizer, if its steps need one."""
+        return None
+
+    def _is_shared(self, team: list[str]) -> bool:
+        return any(self._policies[group].shared for group in team)
 
     def _agents(self, team: list[str]) -> list[Agent]:
         batches = {group: self._batches.pop(group) for group in team}
@@ -326,27 +287,6 @@ class Sequential(TrustRegion):
             advantage = F.team_advantage(advantage, mask)
         return F.normalize_advantage(advantage, self.normalize_advantage, mask)
 
-    def _optimizer(self, group: str, agent: int) -> torch.optim.Optimizer:
-        name = "shared" if self._policies[group].shared else f"agent_{agent}"
-        return fused(self.experiment.optimizers[group][f"{POLICY_PHASE}{name}"])
-
-    def _gradient_step(self) -> GradientStep:
-        config = self.experiment_config
-        by_norm = config.clip_grad_norm and config.clip_grad_val is not None
-        return GradientStep(
-            surrogate=self.surrogate,
-            epsilon=self.clip_epsilon,
-            entropy_coef=self.entropy_coef,
-            max_grad_norm=config.clip_grad_val if by_norm else None,
-            max_grad_value=None if by_norm else config.clip_grad_val,
-        )
-
-    def _minibatch_rows(self, agents: list[Agent]) -> int:
-        """Rows per minibatch: steps, or whole sequences for recurrent policies, counted as BenchMARL counts them."""
-        if not self.has_rnn:
-            return self.minibatch_frames
-        return -(-self.minibatch_frames // agents[0].data.shape[1])
-
     def _order(self, size: int) -> list[int]:
         if self.fixed_order is True:
             return list(range(size))
@@ -363,14 +303,14 @@ class Sequential(TrustRegion):
         """Log what happened, with one transfer to the host."""
         metrics: dict[str, Tensor] = {}
         names = [(group, i) for group in team for i in range(len(self.group_map[group]))]
-        shared = any(self._policies[group].shared for group in team)
+        shared = self._is_shared(team)
         for k, (group, i) in enumerate(names):
             own = [info for info in infos if info.agent == k]
             # A separate policy is as its turn has left it; a shared one has gone on since, and on other rows.
             outputs = forward(agents[k], agents[k].data, chunk) if shared else own[-1].outputs
             values = self._agent_metrics(agents[k], outputs)
-            values["loss"] = torch.stack([info.step.loss for info in own]).mean()
-            values["grad_norm"] = torch.stack([info.step.grad_norm for info in own]).mean()
+            for name in own[0].step._fields:
+                values[name] = torch.stack([getattr(info.step, name) for info in own]).mean()
             values["skipped"] = torch.stack([~info.finite for info in own]).sum()
             metrics |= {f"{group}/policy/{name}_agent_{i}": value for name, value in values.items()}
         n = len(agents)
@@ -389,11 +329,12 @@ class Sequential(TrustRegion):
 
     def _write(self, team: list[str], metrics: dict[str, float]) -> None:
         for group in team:  # means over the group's agents beside the single ones
-            for name in ("kl", "clip_fraction", "entropy", "loss", "grad_norm"):
-                single = [metrics[f"{group}/policy/{name}_agent_{i}"] for i in range(len(self.group_map[group]))]
-                metrics[f"{group}/policy/{name}"] = sum(single) / len(single)
             skipped = [metrics.pop(f"{group}/policy/skipped_agent_{i}") for i in range(len(self.group_map[group]))]
             self.guard.skipped[group] += int(sum(skipped))
+            names = [key.removesuffix("_agent_0") for key in metrics if key.startswith(f"{group}/policy/")]
+            for name in (name for name in names if f"{name}_agent_0" in metrics):
+                single = [metrics[f"{name}_agent_{i}"] for i in range(len(self.group_map[group]))]
+                metrics[name] = sum(single) / len(single)
         name = f"{'+'.join(team)}/policy/advantage_variance"
         variances = [value for key, value in metrics.items() if key.startswith(f"{name}_position_")]
         metrics[name] = sum(variances) / len(variances)
@@ -402,13 +343,10 @@ class Sequential(TrustRegion):
         )
 
     def _agent_metrics(self, agent: Agent, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """What is logged of an agent beside its steps' infos."""
         mask = agent.data.get("mask", None)
-        log_ratio = log_ratio_of(agent, agent.data, outputs)
-        low, high = F.SURROGATES["clip"].log_bounds(self.clip_epsilon, self.clip_epsilon)
-        outside = ((log_ratio < low) | (log_ratio > high)).to(log_ratio.dtype)
         return {
             "kl": F.masked_mean(agent.policy.kl(old_outputs(agent.data), outputs), mask),
-            "clip_fraction": F.masked_mean(outside, mask),
             "entropy": F.masked_mean(agent.policy.entropy(outputs), mask),
         }
 
@@ -417,8 +355,6 @@ class Sequential(TrustRegion):
 class SequentialConfig(TrustRegionConfig):
     """What the configurations of all sequential algorithms have; :class:`Sequential` says what the keys mean."""
 
-    actor_epochs: int | None = MISSING
-    actor_minibatch_size: int | None = MISSING
     fixed_order: Any = MISSING
     advantage: str = MISSING
     teams: list[list[str]] | None = MISSING

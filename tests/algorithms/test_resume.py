@@ -37,7 +37,7 @@ def test_resume_is_exact(case, share, recurrent, make_experiment, tmp_path):
     from test_smoke import MODELS
 
     model = MODELS["gru"]() if recurrent else None
-    experiment = make_experiment(case.config(entropy_coef=0.01), model=model, share_policy_params=share, max_n_iters=4)
+    experiment = make_experiment(case.config(**case.entropy), model=model, share_policy_params=share, max_n_iters=4)
     batches = [batch.clone() for batch in experiment.collector]
     assert len(batches) == 4
     for batch in batches[:2]:
@@ -50,7 +50,7 @@ def test_resume_is_exact(case, share, recurrent, make_experiment, tmp_path):
     expected, expected_draws = list(experiment.losses["agents"].parameters()), draws()
 
     torch.manual_seed(123)
-    again = make_experiment(case.config(entropy_coef=0.01), model=model, share_policy_params=share, seed=7)
+    again = make_experiment(case.config(**case.entropy), model=model, share_policy_params=share, seed=7)
     again.load_state_dict(torch.load(tmp_path / "state.pt"))  # weights_only, as BenchMARL loads it
     torch.manual_seed(99)  # Experiment.run seeds anew before it collects
     for batch in batches[2:]:
