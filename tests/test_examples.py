@@ -18,7 +18,9 @@ def python(*arguments, fails=False) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("script", ["compare.py", "barrier.py", "advantage_variance.py", "learning_curves.py"])
+@pytest.mark.parametrize(
+    "script", ["compare.py", "barrier.py", "advantage_variance.py", "learning_curves.py", "joint_constraint.py"]
+)
 def test_help(script):
     assert "usage:" in python(EXAMPLES / script, "--help")
 
@@ -34,6 +36,18 @@ def test_torchrl_only():
     assert first == 1
     assert all(0.9 < factor < 1.1 for factor in others)
     assert any(factor != 1 for factor in others)
+
+
+def test_joint_constraint(tmp_path):
+    picture = tmp_path / "joint_constraint.png"
+    settings = ("--seeds", 2, "--iterations", 2, "--frames", 32, "--out", picture)
+    output = python(EXAMPLES / "joint_constraint.py", *settings)
+    rows = [line.split() for line in output.splitlines() if line.startswith("HATRPO") and "±" in line]
+    assert [row[0] for row in rows] == ["HATRPO", "HATRPO-W", "HATRPO-G"]
+    for row in rows:
+        assert sum(map(int, row[5:8])) == 2  # seeds
+        assert 0 < float(row[-1]) <= 0.0201  # KL of both agents
+    assert picture.stat().st_size > 10_000
 
 
 def test_learning_curves(run, tmp_path):

@@ -25,6 +25,8 @@ LINEAR_BEYOND = 10.0
 def linear_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tensor) -> Tensor:
     r"""The importance-weighted advantage, :math:`L = r A`, without any bound: a KL bound must come from elsewhere.
 
+    Like the others it goes on linearly from a log-ratio of 10 on.
+
     Source: the surrogate of TRPO (Schulman et al. 2015, arXiv 1502.05477) and HATRPO (Kuba et al. 2022).
 
     Args:
@@ -38,7 +40,8 @@ def linear_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tensor) -
         >>> linear_gain(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 2.0]), 0.2)
         tensor([2.0000, 5.4366])
     """
-    return log_ratio.exp() * advantage
+    inner = log_ratio.clamp(max=LINEAR_BEYOND)
+    return inner.exp() * (1 + log_ratio - inner) * advantage
 
 
 def clip_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tensor) -> Tensor:

@@ -12,6 +12,7 @@ ratios = st.floats(-9.0, 9.0)
 advantages = st.floats(-100.0, 100.0).filter(lambda a: abs(a) > 1e-3)
 epsilons = st.floats(0.01, 0.49)
 names = st.sampled_from(sorted(SURROGATES))
+bounded = st.sampled_from(sorted(set(SURROGATES) - {"linear"}))  # a linear gain has no trust region of its own
 
 
 def tensor(x):
@@ -28,7 +29,7 @@ def test_the_penalty_of_mars_is_symmetric(x, advantage, epsilon):
     assert penalty(x) >= -1e-9 * scale
 
 
-@given(names, advantages, epsilons, st.floats(0.01, 60.0))
+@given(bounded, advantages, epsilons, st.floats(0.01, 60.0))
 def test_outside_the_trust_region_nothing_pushes_further_out(name, advantage, epsilon, distance):
     low, high = SURROGATES[name].log_bounds(epsilon, epsilon)
     bound, side = (high, 1) if advantage > 0 else (low, -1)
@@ -37,7 +38,7 @@ def test_outside_the_trust_region_nothing_pushes_further_out(name, advantage, ep
     assert x.grad.item() * side <= 0
 
 
-@given(names, ratios, advantages, epsilons)
+@given(bounded, ratios, advantages, epsilons)
 def test_no_gain_exceeds_that_at_its_optimum(name, x, advantage, epsilon):
     low, high = SURROGATES[name].log_bounds(epsilon, epsilon)
     gain = SURROGATES[name].gain(tensor(x), tensor(advantage), epsilon).item()
