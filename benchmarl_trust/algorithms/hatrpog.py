@@ -12,7 +12,6 @@ from benchmarl_trust.algorithms.sequential_natural import (
 )
 from benchmarl_trust.updates import Agent, GreedyAllocation, PositionInfo
 
-ORDERS = ("greedy", "random")
 BOUNDS = ("share", "cap")
 
 
@@ -34,16 +33,16 @@ class HatrpoG(JointBudget):
         **kwargs: those of :class:`~benchmarl_trust.algorithms.sequential_natural.JointBudget`.
     """
 
-    def __init__(self, bound: str, kappa: float, order: str, **kwargs):
+    orders = ("greedy", "random")
+
+    def __init__(self, bound: str, kappa: float, **kwargs):
         check_choice("bound", bound, BOUNDS)
-        check_choice("order", order, ORDERS)
         check_number("kappa", kappa, above=0.0, usual=2)
         super().__init__(**kwargs)
-        if order == "greedy" and self.fixed_order is not False:
+        if self.order == "greedy" and self.fixed_order is not False:
             raise ValueError("algorithm.fixed_order needs algorithm.order=random: a greedy order is not a fixed one.")
         self.bound = bound
         self.kappa = kappa
-        self.order = order
 
     def _sweep(self, team: list[str], agents: list[Agent], order: list[int]) -> list[PositionInfo]:
         total, low, high = self._budget(len(agents))

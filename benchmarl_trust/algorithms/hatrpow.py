@@ -8,7 +8,6 @@ from benchmarl_trust.algorithms.sequential_natural import JointBudget, JointBudg
 from benchmarl_trust.updates import Agent, KktAllocation, PositionInfo, UniformAllocation
 
 ALLOCATIONS = ("kkt", "uniform")
-ORDERS = ("random", "score")
 
 
 class HatrpoW(JointBudget):
@@ -27,23 +26,22 @@ class HatrpoW(JointBudget):
         **kwargs: those of :class:`~benchmarl_trust.algorithms.sequential_natural.JointBudget`.
     """
 
-    def __init__(self, allocation: str, order: str, **kwargs):
+    orders = ("random", "score")
+
+    def __init__(self, allocation: str, **kwargs):
         check_choice("allocation", allocation, ALLOCATIONS)
-        check_choice("order", order, ORDERS)
         super().__init__(**kwargs)
-        if order == "score" and (allocation == "uniform" or self.fixed_order is not False):
+        if self.order == "score" and (allocation == "uniform" or self.fixed_order is not False):
             raise ValueError(
                 "algorithm.order=score needs algorithm.allocation=kkt, which computes the scores, and "
                 "algorithm.fixed_order=False."
             )
         self.allocation = allocation
-        self.order = order
 
     def _sweep(self, team: list[str], agents: list[Agent], order: list[int]) -> list[PositionInfo]:
         total, low, high = self._budget(len(agents))
         if self.allocation == "uniform":
-            bound = self.kl_threshold if self.kl_total is None else total / len(agents)
-            return self._natural_sweep(agents, order, UniformAllocation(bound, self.solver))
+            return self._natural_sweep(agents, order, UniformAllocation(agents, total, self.solver))
         allocation = KktAllocation(agents, total, low, high, self.solver, self.s_estimator)
         return self._natural_sweep(agents, allocation.order() if self.order == "score" else order, allocation)
 

@@ -265,6 +265,9 @@ class Sequential(TrustRegion):
                 )
                 if (group, "mask") in batch.keys(True):
                     data["mask"] = batch[group, "mask"].select(batch.ndim, agent.index)
+                    # What an absent agent did may be NaN, whose gradient no later mask would stop.
+                    present = data["mask"].reshape(*data.shape, *[1] * (data["action"].ndim - data.ndim))
+                    data["action"] = torch.where(present, data["action"], 0)
                 agents.append(Agent(agent, self._optimizer(group, agent.index), data))
         return agents
 
@@ -299,7 +302,7 @@ class Sequential(TrustRegion):
     #########
 
     @torch.no_grad()
-    def _log(self, team: list[str], agents: list[Agent], infos: list[PositionInfo], chunk: int) -> None:
+    def _log(self, team: list[str], agents: list[Agent], infos: list[PositionInfo], chunk: int | None) -> None:
         """Log what happened, with one transfer to the host."""
         metrics: dict[str, Tensor] = {}
         names = [(group, i) for group in team for i in range(len(self.group_map[group]))]

@@ -2,6 +2,9 @@
 
 from dataclasses import MISSING, dataclass
 
+from tensordict.nn import TensorDictModule
+from torchrl.objectives import LossModule
+
 from benchmarl_trust.algorithms.sequential import Sequential, SequentialConfig
 from benchmarl_trust.updates import (
     ESTIMATORS,
@@ -40,7 +43,8 @@ class SequentialNatural(Sequential):
     """
 
     shared_policy_note = (
-        "One agent's data after another's will step on the one network, and each step bounds the KL of the whole group."
+        "One agent's data after another's will step on the one network, and each step bounds what it adds to the KL of "
+        "the whole group."
     )
 
     def __init__(
@@ -54,9 +58,9 @@ class SequentialNatural(Sequential):
         **kwargs,
     ):
         check_number("kl_threshold", kl_threshold, above=0.0, usual=0.01)
-        check_number("cg_iters", cg_iters, above=0, usual=10)
+        check_number("cg_iters", cg_iters, above=0, usual=10, whole=True)
         check_number("cg_damping", cg_damping, above=0.0, usual=0.1)
-        check_number("ls_step", ls_step, above=0, usual=10)
+        check_number("ls_step", ls_step, above=0, usual=10, whole=True)
         check_number("accept_ratio", accept_ratio, above=0.0, below=1.0, usual=0.5)
         check_number("backtrack_coeff", backtrack_coeff, above=0.0, below=1.0, usual=0.8)
         super().__init__(surrogate="linear", epsilon=1.0, **kwargs)  # a linear surrogate has no ε
@@ -70,7 +74,8 @@ class SequentialNatural(Sequential):
         self.search = {"ls_step": ls_step, "accept_ratio": accept_ratio, "backtrack_coeff": backtrack_coeff}
 
     def _sweep(self, team: list[str], agents: list[Agent], order: list[int]) -> list[PositionInfo]:
-        return self._natural_sweep(agents, order, UniformAllocation(self.kl_threshold, self.solver))
+        total = len(agents) * self.kl_threshold
+        return self._natural_sweep(agents, order, UniformAllocation(agents, total, self.solver))
 
     def _natural_sweep(self, agents: list[Agent], order, allocation) -> list[PositionInfo]:
         return sweep(agents, order, NaturalStep(agents, allocation, **self.search), self.clip_factor)
@@ -85,6 +90,7 @@ class JointBudget(SequentialNatural):
         kl_total (float, optional): D; None: N · ``kl_threshold``, with N the agents of the team.
         kl_min (float, optional): the least that an agent is given; None: a quarter of D/N.
         kl_max (float, optional): the most that an agent is given; None: three times D/N.
+        order (str): one of the subclass's :attr:`orders`.
         s_estimator (str): ``plugin`` or ``split``, see :func:`benchmarl_trust.updates.allocation.scores`.
         **kwargs: those of :class:`SequentialNatural`.
 
@@ -92,7 +98,18 @@ class JointBudget(SequentialNatural):
         ValueError: on a bad setting, before anything is collected.
     """
 
-    def __init__(self, kl_total: float | None, kl_min: float | None, kl_max: float | None, s_estimator: str, **kwargs):
+    orders: tuple[str, ...]
+
+    def __init__(
+        self,
+        kl_total: float | None,
+        kl_min: float | None,
+        kl_max: float | None,
+        order: str,
+        s_estimator: str,
+        **kwargs,
+    ):
+        check_choice("order", order, self.orders)
         check_choice("s_estimator", s_estimator, ESTIMATORS)
         for key, value in (("kl_total", kl_total), ("kl_max", kl_max)):
             if value is not None:
@@ -101,9 +118,20 @@ class JointBudget(SequentialNatural):
             check_number("kl_min", kl_min, least=0.0, usual="null")
         super().__init__(clip_factor=False, **kwargs)
         self.kl_total, self.kl_min, self.kl_max = kl_total, kl_min, kl_max
+        self.order = order
         self.s_estimator = s_estimator
-        for team in self.teams:
-            self._check_budget("+".join(team), sum(len(self.group_map[group]) for group in team))
+
+    def _get_loss(self, group: str, policy_for_loss: TensorDictModule, continuous: bool) -> tuple[LossModule, bool]:
+        """As the base, once the group's team is known to have a valid budget. (In an ensemble others are not ours.)"""
+        team = self._team_of(group)
+        self._check_budget("+".join(team), sum(len(self.group_map[name]) for name in team))
+        environments = self.experiment_config.n_envs_per_worker(self.on_policy)
+        if self.s_estimator == "split" and self.has_rnn and environments < 2:
+            raise ValueError(
+                "algorithm.s_estimator=split halves the batch by environments, which recurrent policies keep whole: "
+                "give experiment.on_policy_n_envs_per_worker at least 2, or take s_estimator=plugin."
+            )
+        return super()._get_loss(group, policy_for_loss, continuous)
 
     def _budget(self, n_agents: int) -> tuple[float, float, float]:
         """D and the least and most that an agent of a team of this size gets."""
@@ -120,22 +148,28 @@ class JointBudget(SequentialNatural):
                 f"algorithm.kl_total={total}: give kl_min at most {total / n_agents:g}, or leave it at null."
             )
         if high < low:
-            raise ValueError(f"algorithm.kl_max={high} is below algorithm.kl_min={low}: exchange them.")
+            raise ValueError(
+                f"algorithm.kl_max={high} is below the least bound of an agent of the team {team}, "
+                f"algorithm.kl_min={low} (a quarter of an equal share, if null): raise kl_max or lower kl_min."
+            )
 
 
-def check_number(key: str, value, usual, above=None, least=None, below=None) -> None:
+def check_number(key: str, value, usual, above=None, least=None, below=None, whole=False) -> None:
     """Refuse what is no number in the given interval.
 
     Raises:
         ValueError: naming the key, the interval and the usual value.
     """
-    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+    number = (
+        isinstance(value, int if whole else int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+    )
     good = number and (above is None or value > above) and (below is None or value < below)
     good = good and (least is None or value >= least)
     if not good:
         parts = ((above, "above"), (least, "at least"), (below, "below"))
         wanted = " and ".join(f"{word} {bound:g}" for bound, word in parts if bound is not None)
-        raise ValueError(f"algorithm.{key}={value} must be a number {wanted}. The usual value is {usual}.")
+        kind = "whole number" if whole else "number"
+        raise ValueError(f"algorithm.{key}={value} must be a {kind} {wanted}. The usual value is {usual}.")
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

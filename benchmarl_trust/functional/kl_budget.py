@@ -8,8 +8,9 @@ is its *score*, g_i the gradient of its surrogate and F_i its Fisher matrix.
 
 Shapes: N agents; scores and bounds are [N], in units of gain² and in nats.
 
-Source of all three: that W divides a total budget by KKT and that G picks the best agent by improvement per KL is
-known from the abstract of arXiv 2508.10340 and a reader's published note; the formulas are reconstructed, derived here.
+Source: equal bounds are HATRPO's (Kuba et al. 2022). That W divides a total budget by KKT and that G picks the best
+agent by improvement per KL is known from the abstract of arXiv 2508.10340 and a reader's published note; their formulas
+are reconstructed, derived here.
 """
 
 import torch
@@ -20,7 +21,9 @@ TINY = 1e-100
 
 
 def uniform_budget(score: Tensor, total: Tensor | float) -> Tensor:
-    r"""Equal bounds, :math:`δ_i = D / N`: HATRPO's, if D = N δ.
+    r"""Equal bounds, HATRPO's if D = N δ.
+
+    .. math:: \max_δ \min_i δ_i \quad \text{subject to} \quad \sum_i δ_i ≤ D \quad ⟹ \quad δ_i = D / N
 
     Args:
         score (Tensor): [N]; only its shape counts.
@@ -69,7 +72,7 @@ def kkt_budget(score: Tensor, total: Tensor | float, low: Tensor | float, high: 
     if score.ndim != 1:
         raise ValueError(f"The scores have shape {tuple(score.shape)}; they must be a vector, one per agent.")
     dtype, score = score.dtype, score.double()
-    low, high, total = (torch.as_tensor(value, dtype=score.dtype, device=score.device) for value in (low, high, total))
+    low, high, total = (_tensor(value, score) for value in (low, high, total))
     low, high = low.expand_as(score), high.minimum(total).expand_as(score)  # nobody can have more than D
     scale = score / score.amax().clamp(min=torch.finfo(score.dtype).tiny)
     positive = scale > TINY
@@ -81,12 +84,12 @@ def kkt_budget(score: Tensor, total: Tensor | float, low: Tensor | float, high: 
 
     breakpoints = torch.cat([low / scale, high / scale]).masked_fill(~positive.repeat(2), 0).sort().values
     sums = bounds(breakpoints).sum(-1)
-    right = (sums < total).sum().clamp(1, len(sums) - 1)  # D lies between this breakpoint and the one before
-    left = right - 1
-    share = ((total - sums[left]) / (sums[right] - sums[left]).clamp(min=TINY)).clamp(0, 1)
-    k = breakpoints[left] + share * (breakpoints[right] - breakpoints[left])
+    right = (sums < total).sum(0, keepdim=True).clamp(1, len(sums) - 1)
+    segment = torch.cat([right - 1, right])  # D lies between these two; gathered, since indexing would synchronise
+    (from_sum, to_sum), (from_k, to_k) = sums.gather(0, segment), breakpoints.gather(0, segment)
+    share = ((total - from_sum) / (to_sum - from_sum).clamp(min=TINY)).clamp(0, 1)
 
-    budget = bounds(k.unsqueeze(0)).squeeze(0)
+    budget = bounds((from_k + share * (to_k - from_k)).unsqueeze(0)).squeeze(0)
     lowest = low.sum()
     return torch.where(total <= lowest, low * total / lowest.clamp(min=TINY), budget).to(dtype)
 
@@ -100,6 +103,7 @@ def greedy_bound(
 ) -> Tensor:
     r"""HATRPO-G's bound for the agent that moves next: its share of what is left of the budget.
 
+    .. math:: j = \arg\max_i \frac{\sqrt{2 s_i δ}}{δ} \text{ at a common probe } δ \quad ⟹ \quad j = \arg\max_i s_i
     .. math:: δ_j = \mathrm{clip}\Big(D_{rem} \frac{s_j}{\sum_i s_i},\ l,\ \min(h, D_{rem})\Big)
 
     The sum runs over the agents that have not moved. The agent j is the one with the largest improvement per KL: at a
@@ -120,5 +124,10 @@ def greedy_bound(
         tensor(0.0150)
     """
     share = remaining * score[chosen] / score.sum().clamp(min=torch.finfo(score.dtype).tiny)
-    limit = torch.as_tensor(remaining, dtype=score.dtype, device=score.device).clamp(min=0).clamp(max=high)
+    limit = _tensor(remaining, score).clamp(min=0).clamp(max=high)
     return share.clamp(min=low).minimum(limit)
+
+
+def _tensor(value: Tensor | float, like: Tensor) -> Tensor:
+    """A tensor of the same type and device, filled there rather than copied from the host."""
+    return value.to(like) if isinstance(value, Tensor) else torch.full((), value, dtype=like.dtype, device=like.device)

@@ -4,6 +4,7 @@ An allocation is asked for each agent's :class:`~benchmarl_trust.updates.natural
 :mod:`benchmarl_trust.functional.kl_budget` has the formulas.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,8 +16,8 @@ from benchmarl_trust import functional as F
 from benchmarl_trust.updates.natural import LocalModel, NaturalGradient, Proposal, Turn
 from benchmarl_trust.updates.sweep import Agent
 
-#: Iterations by which a direction is brought up to date when only the weight w(M) has changed.
-REFINE = 3
+#: Share of the iterations by which a direction is brought up to date when only the weight w(M) has changed.
+REFINE = 0.4
 
 #: How scores are estimated, see :func:`scores`.
 ESTIMATORS = ("plugin", "split")
@@ -26,12 +27,13 @@ class UniformAllocation:
     """Each agent the same bound: HATRPO.
 
     Args:
-        kl_bound (float): δ of each agent.
+        agents (sequence of Agent): the team.
+        total (float): D, the sum of the bounds.
         solver (NaturalGradient): computes the directions.
     """
 
-    def __init__(self, kl_bound: float, solver: NaturalGradient):
-        self.kl_bound = kl_bound
+    def __init__(self, agents: Sequence[Agent], total: float, solver: NaturalGradient):
+        self.kl_bound = F.uniform_budget(_like_scores(agents, 1.0).expand(len(agents)), total)[0]
         self.solver = solver
 
     def __call__(self, agent: Agent, data: TensorDict, weight: Tensor) -> Turn:
@@ -39,7 +41,7 @@ class UniformAllocation:
         model = LocalModel(agent, data)
         objective, gradient = model.gradient(weight)
         proposal = self.solver([model], [gradient])
-        return Turn(objective, proposal, proposal.score.new_tensor(self.kl_bound), proposal.score[0])
+        return Turn(objective, proposal, self.kl_bound, proposal.score[0])
 
     def spend(self, kl: Tensor) -> None:
         """Nobody else has this agent's share."""
@@ -49,7 +51,7 @@ class KktAllocation:
     """HATRPO-W: scores of all agents at M = 1 decide the bounds before anybody moves.
 
     Separate policies keep the direction of that first solve as the start of their turn's, when their gradient has
-    changed with M and their Fisher matrix has not.
+    changed with M and their Fisher matrix has not; the turn adds REFINE times the iterations.
 
     Args:
         agents (sequence of Agent): the team.
@@ -86,7 +88,7 @@ class KktAllocation:
         model = LocalModel(agent, data)
         objective, gradient = model.gradient(weight)
         if self._warm:
-            proposal = replace(self.solver, cg_iters=REFINE)([model], [gradient], self._proposals[i])
+            proposal = _refining(self.solver)([model], [gradient], self._proposals[i])
         else:
             proposal = self.solver([model], [gradient])
         return Turn(objective, proposal, self.kl_bound[i], self.score[i])
@@ -102,8 +104,9 @@ class KktAllocation:
 class GreedyAllocation:
     """HATRPO-G: before each turn all agents that have not moved are compared under the present M.
 
-    Separate policies keep their graphs until their turn and bring their directions up to date by a few iterations: the
-    gradient changes with M, the Fisher matrix does not. So memory grows with the number of agents.
+    Separate policies keep their graphs until their turn and bring their directions up to date by REFINE times the
+    iterations: the gradient changes with M, the Fisher matrix does not. So memory grows with the number of agents. Once
+    no candidate has a positive score, the rest take no step.
 
     Args:
         agents (sequence of Agent): the team.
@@ -128,7 +131,7 @@ class GreedyAllocation:
         order: Sequence[int] | None = None,
     ):
         self.agents = agents
-        self.remaining = agents[0].data["advantage"].new_tensor(total, dtype=torch.float64)
+        self.remaining = _like_scores(agents, total)
         self.low, self.high, self.cap = low, high, cap
         self.solver, self.estimator, self.order = solver, estimator, order
         self._shared = _shared(agents)
@@ -146,7 +149,8 @@ class GreedyAllocation:
             kl_bound = F.greedy_bound(score, place, self.remaining, self.low, self.high)
         else:
             kl_bound = self.remaining.clamp(min=0, max=self.cap)
-        self._turn = Turn(objectives[place], proposal.select([place]), kl_bound, score[place])
+        kl_bound = torch.where(score[place] > 0, kl_bound, 0)
+        self._turn = Turn(objectives[place], proposal.select(slice(place, place + 1)), kl_bound, score[place])
         self._models.pop(candidates[place])
         return candidates[place]
 
@@ -160,7 +164,7 @@ class GreedyAllocation:
             proposal = self.solver(models, gradients)
         else:
             start = self._proposal.select([self._candidates.index(i) for i in candidates])
-            proposal = replace(self.solver, cg_iters=REFINE)(models, gradients, start)
+            proposal = _refining(self.solver)(models, gradients, start)
         self._candidates, self._proposal = candidates, proposal
         return objectives, proposal, scores(self.estimator, models, weight, self.solver, proposal)
 
@@ -182,7 +186,8 @@ def scores(
     favours agents with large networks.
 
     ``split``: :math:`s = \max(0, g_a^T (F + λI)^{-1} g_b)` with the gradients of the two halves of the batch, whose
-    noise is independent, since collected batches have whole environments in each half. It costs another solve.
+    noise is nearly independent: batches are ordered by environment, so at most one trajectory is in both. It costs
+    another solve.
 
     Source: reconstructed.
     """
@@ -193,6 +198,15 @@ def scores(
     other = solver(models, second)
     found = torch.stack([g.double() @ d[: len(g)] for g, d in zip(first, other.direction, strict=True)])
     return torch.where(other.finite & found.isfinite(), found.clamp(min=0), 0)
+
+
+def _refining(solver: NaturalGradient) -> NaturalGradient:
+    return replace(solver, cg_iters=math.ceil(REFINE * solver.cg_iters))
+
+
+def _like_scores(agents: Sequence[Agent], value: float) -> Tensor:
+    """A scalar as scores are: float64, on the agents' device, without a copy from the host."""
+    return torch.full((), value, dtype=torch.float64, device=agents[0].data["advantage"].device)
 
 
 def _index(agents: Sequence[Agent], agent: Agent) -> int:

@@ -163,7 +163,7 @@ def test_hatrpo_reference_numbers(file, case_name, twin):
             turns.append((weight, super().__call__(agent, data, weight)))
             return turns[-1][1]
 
-    allocation = Allocation(config["kl_threshold"], NaturalGradient(10, 0.1))
+    allocation = Allocation(agents, 3 * config["kl_threshold"], NaturalGradient(10, 0.1))
     search = {key: config[key] for key in ("ls_step", "accept_ratio", "backtrack_coeff")}
     infos = sweep(agents, [2, 0, 1], NaturalStep(agents, allocation, **search), clip_factor=file.startswith("clip"))
 
