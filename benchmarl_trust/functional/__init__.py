@@ -10,6 +10,13 @@ from benchmarl_trust.functional.distribution import (
     normal_log_prob,
     squashed_normal_entropy,
 )
+from benchmarl_trust.functional.gpae import (
+    TRACES,
+    check_gpae,
+    per_agent_advantage,
+    per_agent_value_target,
+    trace_coefficient,
+)
 from benchmarl_trust.functional.ratio import (
     check_same_shape,
     effective_sample_size,
@@ -30,11 +37,13 @@ from benchmarl_trust.functional.surrogate import (
 __all__ = [
     "NORMALIZATIONS",
     "SURROGATES",
+    "TRACES",
     "Surrogate",
     "categorical_entropy",
     "categorical_kl",
     "categorical_log_prob",
     "categorical_log_probs",
+    "check_gpae",
     "check_same_shape",
     "check_surrogate",
     "clip_gain",
@@ -46,8 +55,11 @@ __all__ = [
     "normal_kl",
     "normal_log_prob",
     "normalize_advantage",
+    "per_agent_advantage",
+    "per_agent_value_target",
     "quadratic_gain",
     "reciprocal_gain",
     "squashed_normal_entropy",
     "team_advantage",
+    "trace_coefficient",
 ]
