@@ -1,4 +1,4 @@
-"""Imports go one way only: functional <- losses, updates <- algorithms <- registration."""
+"""Imports go one way only: functional <- losses, value, updates <- algorithms <- registration."""
 
 import ast
 from pathlib import Path
@@ -11,8 +11,9 @@ PACKAGE = Path(benchmarl_trust.__file__).parent
 ALLOWED = {  # layer -> (layers of ours it may import, packages of others it may not)
     "functional": (set(), {"tensordict", "torchrl", "benchmarl", "hydra", "numpy"}),
     "losses": ({"functional"}, {"benchmarl", "hydra"}),
+    "value": ({"functional"}, {"benchmarl", "hydra"}),
     "updates": ({"functional"}, {"benchmarl", "hydra"}),
-    "algorithms": ({"functional", "losses", "updates"}, {"hydra"}),
+    "algorithms": ({"functional", "losses", "value", "updates"}, {"hydra"}),
 }
 
 
