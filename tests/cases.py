@@ -8,6 +8,7 @@ from benchmarl_trust import ALGORITHMS
 
 SIMULTANEOUS = ("kl_approx", "clip_fraction", "outside_fraction", "ratio_min", "ratio_max", "ESS", "entropy")
 SIMULTANEOUS += ("loss_objective",)
+GPAE = (*SIMULTANEOUS, "advantage_std_agent_0", "value_explained_variance")
 SEQUENTIAL = tuple(
     f"policy_{key}"
     for key in ("kl", "clip_fraction", "entropy", "loss", "grad_norm", "kl_agent_0", "entropy_agent_0", "loss_agent_0")
@@ -45,4 +46,6 @@ CASES = [
     Case("maspo"),
     Case("happo", logged=SEQUENTIAL),
     Case("cliphappo", logged=SEQUENTIAL),
+    Case("gpae", logged=GPAE),
+    Case("gpae", {"n_rollouts": 3, "objective": "reciprocal"}, logged=GPAE),
 ]

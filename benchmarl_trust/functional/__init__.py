@@ -13,6 +13,7 @@ from benchmarl_trust.functional.distribution import (
 from benchmarl_trust.functional.gpae import (
     TRACES,
     check_gpae,
+    importance_weight,
     per_agent_advantage,
     per_agent_value_target,
     trace_coefficient,
@@ -49,6 +50,7 @@ __all__ = [
     "clip_gain",
     "effective_sample_size",
     "factor_weight",
+    "importance_weight",
     "log_gain",
     "log_ratio",
     "masked_mean",

@@ -104,6 +104,24 @@ def trace_coefficient(
     return lmbda * TRACES[truncation](log_ratio, others, math.log(eta)).exp()
 
 
+def importance_weight(log_ratio: Tensor) -> Tensor:
+    r"""The weight :math:`ρ_i = π_i/μ_i` of a sample of an older policy in the objective; 0 where it is NaN.
+
+    Source: Kim et al., arXiv 2603.02654 (the authors' code). With r = π_θ/μ their clipped term
+    min(r A, clip(r, ρ(1-ε), ρ(1+ε)) A) is ρ times the clipped gain of π_θ/π, since ρ > 0.
+
+    Args:
+        log_ratio (Tensor): log ρ, any shape.
+
+    Returns: ρ, the same shape, detached.
+
+    Examples:
+        >>> importance_weight(torch.tensor([0.0, -torch.inf, torch.nan]))
+        tensor([1.0000e+00, 2.0612e-09, 0.0000e+00])
+    """
+    return torch.where(log_ratio.isnan(), 0, _bounded(log_ratio, None).exp())
+
+
 def per_agent_advantage(
     reward: Tensor,
     value: Tensor,

@@ -15,6 +15,12 @@ from torch import Tensor
 from benchmarl_trust import functional as F
 
 
+def parameter_keys(head: ProbabilisticTensorDictModule) -> dict[str, NestedKey]:
+    """Where a policy's last module reads its distribution's parameters, by their names in the distribution."""
+    names = (key[-1] if isinstance(key, tuple) else key for key in head.dist_keys)
+    return dict(zip(names, head.in_keys, strict=True))
+
+
 def policy_features(head: ProbabilisticTensorDictModule, params: TensorDictBase) -> Tensor:
     r"""A policy's distribution as numbers, to stand in a critic's input where an action would.
 
@@ -42,14 +48,14 @@ def policy_features(head: ProbabilisticTensorDictModule, params: TensorDictBase)
         >>> policy_features(head, TensorDict(logits=torch.zeros(1, 4), batch_size=1))
         tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
     """
-    keys = dict(zip(head.dist_keys, head.in_keys, strict=True))
+    keys = parameter_keys(head)
     if keys.keys() == {"loc", "scale"}:
         return torch.cat([params.get(keys["loc"]), params.get(keys["scale"]).log()], -1)
     if keys.keys() <= {"logits", "mask"}:
         mask = params.get(keys["mask"]) if "mask" in keys else None
         return F.categorical_log_probs(params.get(keys["logits"]), mask).exp()
     raise ValueError(
-        f"A policy with a {head.distribution_class.__name__} of parameters {', '.join(map(str, head.dist_keys))} "
+        f"A policy with a {head.distribution_class.__name__} of parameters {', '.join(keys)} "
         "cannot be shown to the critic: the distributions known here have loc and scale, or logits."
     )
 

@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 from torchrl.objectives.value import ValueEstimatorBase
 
 from benchmarl_trust import functional as F
-from benchmarl_trust.value.critic import policy_features
+from benchmarl_trust.value.critic import parameter_keys, policy_features
 
 
 class GPAE(ValueEstimatorBase):
@@ -228,7 +228,7 @@ class GPAE(ValueEstimatorBase):
     def _policy(self, data: TensorDictBase) -> tuple[Distribution, Tensor]:
         params = self.actor_network.get_dist_params(data.select(*self.actor_network.in_keys, strict=False))
         head = self.actor_network[-1]
-        mask_key = dict(zip(head.dist_keys, head.in_keys, strict=True)).get("mask")
+        mask_key = parameter_keys(head).get("mask")
         if mask_key is not None:  # the last observation of a trajectory may allow no action, as no one will act on it
             mask = params.get(mask_key)
             params.set(mask_key, mask | ~mask.any(-1, keepdim=True))
