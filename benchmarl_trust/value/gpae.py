@@ -1,5 +1,6 @@
 """GPAE as a TorchRL value estimator."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +14,10 @@ from torchrl.objectives.value import ValueEstimatorBase
 
 from benchmarl_trust import functional as F
 from benchmarl_trust.value.critic import parameter_keys, policy_features
+
+#: So many numbers, copies included, does the critic read at once (but never less than one environment's): this bounds
+#: the memory, and what stays in a cache is computed faster.
+CHUNK = 2**23
 
 
 class GPAE(ValueEstimatorBase):
@@ -235,10 +240,14 @@ class GPAE(ValueEstimatorBase):
         return head.get_dist(params), policy_features(head, params)
 
     def _values(self, data: TensorDictBase, params: TensorDictBase | None) -> Tensor:
-        if params is None:
-            return self.value_network(data).get(self.tensor_keys.value)
-        with params.to_module(self.value_network):
-            return self.value_network(data).get(self.tensor_keys.value)
+        """The critic on some environments at a time, since it may copy all that it reads for each agent."""
+        n_agents = data.get(self.tensor_keys.policy_features).shape[-2]
+        read = (data.get(key, None) for key in self.value_network.in_keys)
+        numbers = n_agents * sum(value[0].numel() for value in read if value is not None)
+        rows = max(1, CHUNK // numbers)
+        with nullcontext() if params is None else params.to_module(self.value_network):
+            parts = [self.value_network(part).get(self.tensor_keys.value) for part in data.split(rows)]
+        return torch.cat(parts)
 
     def _laid_out(self, batch: TensorDictBase, layout: "_Layout") -> TensorDict:
         """Observations, and what goes with them, with the true next ones in their slots."""

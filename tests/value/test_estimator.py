@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from teams import KINDS, POLICIES, make_batch, make_team
+from teams import KINDS, OBS, POLICIES, make_batch, make_team
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch.distributions import Categorical
@@ -217,6 +217,20 @@ def test_permuted_environments_give_permuted_advantages():
 
     expected = noiseless(batch.clone())[order]
     torch.testing.assert_close(noiseless(batch[order].clone()), expected)
+
+
+@recurrence
+def test_the_critic_on_a_few_environments_at_a_time(recurrent, monkeypatch):
+    team = make_team("categorical", N, recurrent)
+    batch = make_batch(team, ENDS, batch=5)
+    expected = team.estimator()(batch.clone())["advantage"]
+    calls, forward = [], team.critic.forward
+    monkeypatch.setattr(team.critic, "forward", lambda td: calls.append(td.shape) or forward(td))
+    for chunk in (1, 2 * 12 * N * N * OBS):
+        monkeypatch.setattr("benchmarl_trust.value.gpae.CHUNK", chunk)
+        torch.testing.assert_close(team.estimator()(batch.clone())["advantage"], expected)
+    assert [shape[0] for shape in calls[:5]] == [1] * 5
+    assert len(calls) > 5
 
 
 def test_any_leading_dimensions():
