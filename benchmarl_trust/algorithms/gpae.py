@@ -1,6 +1,7 @@
 """GPAE: each agent its own advantage, from a critic that knows the others' actions and not the agent's own."""
 
 from dataclasses import MISSING, dataclass
+from types import MappingProxyType
 
 import torch
 from benchmarl.algorithms import EnsembleAlgorithmConfig
@@ -59,7 +60,7 @@ class Gpae(Simultaneous):
     """
 
     epsilon_key = "clip_epsilon"
-    loss_settings = {"critic_on_absent": True}  # noqa: RUF012 GPAE bootstraps from the values of absent agents
+    loss_settings = MappingProxyType({"critic_on_absent": True})  # it bootstraps from the values of absent agents
 
     def __init__(
         self, clip_epsilon: float, objective: str, truncation: str, eta: float, n_rollouts: int, lmbda: float, **kwargs
@@ -150,7 +151,11 @@ class Gpae(Simultaneous):
 
     def process_batch(self, group: str, batch: TensorDictBase) -> TensorDictBase:
         """GPAE's advantages and value targets of this batch and of those kept, normalised as configured."""
-        return super().process_batch(group, self._with_kept(group, batch) if self.off_policy else batch)
+        if not self.off_policy:
+            return super().process_batch(group, batch)
+        batch = super().process_batch(group, self._with_kept(group, batch))
+        batch.set((group, "importance_weight"), F.importance_weight(_log_ratio(group, batch)))
+        return batch
 
     def _with_kept(self, group: str, batch: TensorDictBase) -> TensorDictBase:
         """The batches in the buffer, the oldest first, and this one. The buffer is emptied: all come back processed."""
@@ -180,9 +185,7 @@ class Gpae(Simultaneous):
         metrics = _advantage_metrics(advantage.squeeze(-1), mask)
         metrics["value_explained_variance"] = 1 - _variance(target - value) / _variance(target).clamp(min=1e-12)
         if self.off_policy:
-            log_ratio = F.log_ratio(batch[group, "old_log_prob"], batch[group, "log_prob"], mask)
-            batch.set((group, "importance_weight"), F.importance_weight(log_ratio))
-            metrics |= self._ratio_metrics(log_ratio)
+            metrics |= self._ratio_metrics(_log_ratio(group, batch), mask)
             envs = self.experiment_config.n_envs_per_worker(self.on_policy)
             metrics["data_age"] = torch.tensor((batch.shape[0] / envs - 1) / 2)
         values = torch.stack([metric.double() for metric in metrics.values()]).tolist()
@@ -191,17 +194,18 @@ class Gpae(Simultaneous):
             step=self.experiment.n_iters_performed,
         )
 
-    def _ratio_metrics(self, log_ratio: Tensor) -> dict[str, Tensor]:
+    def _ratio_metrics(self, log_ratio: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         finite = torch.where(log_ratio.isfinite(), log_ratio, 0)
-        trace = F.trace_coefficient(finite, self.lmbda, self.truncation, self.eta)
         others = finite.sum(-1, keepdim=True) - finite
-        return {
-            "trace_mean": trace.mean(),
-            "ratio_above_one": (finite > 0).double().mean(),
-            "joint_ratio_above_one": (finite + others > 0).double().mean(),
-            "teammates_ratio_above_eta": (others.exp() > self.eta).double().mean(),
-            "ratio_not_finite": (~log_ratio.isfinite()).double().mean(),
+        trace = F.trace_coefficient(finite, self.lmbda, self.truncation, self.eta)
+        shares = {
+            "ratio_above_one": finite > 0,
+            "joint_ratio_above_one": finite + others > 0,
+            "teammates_ratio_above_eta": others.exp() > self.eta,
+            "ratio_not_finite": ~log_ratio.isfinite(),
         }
+        metrics = {name: F.masked_mean(share.double(), mask) for name, share in shares.items()}
+        return {"trace_mean": F.masked_mean(trace, mask), **metrics}
 
 
 def counterfactual_critic(
@@ -274,6 +278,11 @@ def _feature_dims(model_config: ModelConfig, group: str) -> int:
     if isinstance(model_config, SequenceModelConfig):
         model_config = model_config.model_configs[0]
     return getattr(model_config, "num_feature_dims", 1)
+
+
+def _log_ratio(group: str, batch: TensorDictBase) -> Tensor:
+    """The log-ratios log π_old - log μ of the executed actions, [*, N]; 0 for absent agents."""
+    return F.log_ratio(batch[group, "old_log_prob"], batch[group, "log_prob"], batch.get((group, "mask"), None))
 
 
 def _variance(value: Tensor) -> Tensor:

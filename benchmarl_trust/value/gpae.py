@@ -186,44 +186,43 @@ class GPAE(ValueEstimatorBase):
     def _estimate(self, batch: TensorDictBase, params: TensorDictBase | None) -> dict[NestedKey, Tensor]:
         """Everything that is written, [B, T, ...]."""
         keys = self.tensor_keys
-        done, terminated = (batch.get(("next", key)) for key in (keys.done, keys.terminated))
-        layout = _layout(done.squeeze(-1))
-        data = self._laid_out(batch, layout)
-
-        dist, features = self._policy(data)
-        action = layout.spread(batch.get(keys.action))
-        sampled = dist.sample()
-        action[layout.end_row, layout.end_slot] = sampled[layout.end_row, layout.end_slot]
-        data.set(keys.action, action)
-        data.set(keys.policy_features, features)
-
-        values = self._values(data, params)
-        self._check_values(values, features)
-        value, next_value = layout.now(values).squeeze(-1), layout.following(values).squeeze(-1)
-        mask = batch.get(keys.mask, None)
-        old_log_prob, log_ratio = None, None
+        value, next_value, features, old_log_prob = self._evaluate(batch, params)
+        mask, log_ratio = batch.get(keys.mask, None), None
         if self.off_policy:
-            old_log_prob = layout.now(dist.log_prob(action))
             log_ratio = F.log_ratio(old_log_prob, self._behaviour_log_prob(batch))
             mask = ~log_ratio.isnan() if mask is None else mask & ~log_ratio.isnan()
-
         advantage = F.per_agent_advantage(
             reward=self._reward(batch, value, mask),
             value=value,
             next_value=next_value,
             trace=self._trace(log_ratio, mask),
             gamma=self.gamma,
-            done=done,
-            terminated=terminated,
+            done=batch.get(("next", keys.done)),
+            terminated=batch.get(("next", keys.terminated)),
         )
         target = F.per_agent_value_target(value, advantage, log_ratio, mask)
         advantage = advantage if mask is None else torch.where(mask, advantage, 0)
         out = {keys.value: value, keys.advantage: advantage, keys.value_target: target}
         out = {key: entry.unsqueeze(-1) for key, entry in out.items()}
-        out[keys.policy_features] = layout.now(features)
+        out[keys.policy_features] = features
         if self.off_policy:
             out[keys.old_log_prob] = old_log_prob
         return out
+
+    def _evaluate(self, batch: TensorDictBase, params: TensorDictBase | None) -> tuple[Tensor, ...]:
+        """Each step's value, the value that follows it, the policy's features and the executed actions' log-prob."""
+        keys = self.tensor_keys
+        layout = _layout(batch.get(("next", keys.done)).squeeze(-1))
+        data = self._laid_out(batch, layout)
+        dist, features = self._policy(data)
+        action, sampled = layout.spread(batch.get(keys.action)), dist.sample()
+        action[layout.end_row, layout.end_slot] = sampled[layout.end_row, layout.end_slot]
+        data.set(keys.action, action)
+        data.set(keys.policy_features, features)
+        values = self._values(data, params)
+        self._check_values(values, features)
+        log_prob = layout.now(dist.log_prob(action)) if self.off_policy else None
+        return layout.now(values).squeeze(-1), layout.following(values).squeeze(-1), layout.now(features), log_prob
 
     def _trace(self, log_ratio: Tensor | None, mask: Tensor | None) -> Tensor | float:
         if log_ratio is None:

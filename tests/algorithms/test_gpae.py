@@ -189,6 +189,21 @@ def test_one_rollout_computes_no_ratio(make_experiment, monkeypatch):
     assert len(experiment.replay_buffers["agents"]) == 40
 
 
+@pytest.mark.parametrize("model", ["mlp", "gru", "lstm"])
+def test_what_is_stored_is_what_the_loss_computes(model, make_experiment):
+    """The estimator runs over longer sequences than the loss, with a slot more behind each of the batch's episodes."""
+    models = {"mlp": lambda: mlp(8), "gru": lambda: GruConfig(**RNN), "lstm": lambda: LstmConfig(**RNN)}
+    experiment = make_experiment(config(n_rollouts=2), model=models[model](), critic=models[model]())
+    batch = next(iter(experiment.collector))
+    assert batch["next", "done"][:, :-1].any()
+    batch = experiment.algorithm.process_batch("agents", batch)
+    loss = experiment.losses["agents"]
+    with loss.critic_network_params.to_module(loss.critic_network), torch.no_grad():
+        value = loss.critic_network(batch.clone())["agents", "state_value"]
+    torch.testing.assert_close(value, batch["agents", "state_value"])
+    torch.testing.assert_close(loss.current_log_prob(batch), batch["agents", "old_log_prob"])
+
+
 @pytest.mark.parametrize("excluded", [False, True])
 def test_past_batches_are_in_checkpoints(make_experiment, excluded):
     settings = {"evaluation": False, "exclude_buffer_from_checkpoint": excluded, "max_n_iters": 3}
