@@ -8,6 +8,7 @@ from benchmarl_trust import ALGORITHMS
 
 SIMULTANEOUS = ("kl_approx", "clip_fraction", "outside_fraction", "ratio_min", "ratio_max", "ESS", "entropy")
 SIMULTANEOUS += ("loss_objective",)
+GPAE = (*SIMULTANEOUS, "advantage_std_agent_0", "value_explained_variance")
 SEQUENTIAL = tuple(
     f"policy_{key}"
     for key in ("kl", "clip_fraction", "entropy", "loss", "grad_norm", "kl_agent_0", "entropy_agent_0", "loss_agent_0")
@@ -62,4 +63,6 @@ CASES = [
     Case("hatrpow", logged=NATURAL),
     Case("hatrpow", {"s_estimator": "split", "order": "score"}, logged=NATURAL),
     Case("hatrpog", logged=NATURAL),
+    Case("gpae", logged=GPAE),
+    Case("gpae", {"n_rollouts": 3, "objective": "reciprocal"}, logged=GPAE),
 ]

@@ -26,13 +26,14 @@ def test_yaml_and_dataclass_have_the_same_keys(name):
 @names
 def test_mappo_keys_and_defaults_are_kept(name):
     ours, mappo = ALGORITHMS[name].get_from_yaml(), MappoConfig.get_from_yaml()
+    other = {"gpae": {"lmbda": 0.95}}.get(name, {})  # its authors'
     for field in fields(MappoConfig):
         key = field.name
         if key == "clip_epsilon" and not hasattr(ours, key):
             if hasattr(ours, "kl_threshold"):
                 continue  # its trust region is a bound on the KL
             key = "epsilon"
-        assert getattr(ours, key) == getattr(mappo, field.name)
+        assert getattr(ours, key) == other.get(key, getattr(mappo, field.name))
 
 
 @names

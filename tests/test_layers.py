@@ -1,4 +1,4 @@
-"""Imports go one way only: functional <- losses <- updates <- algorithms <- registration; environments stand alone."""
+"""Imports go one way: functional <- losses, value <- updates <- algorithms <- registration; environments alone."""
 
 import ast
 from pathlib import Path
@@ -11,8 +11,9 @@ PACKAGE = Path(benchmarl_trust.__file__).parent
 ALLOWED = {  # layer -> (layers of ours it may import, packages of others it may not)
     "functional": (set(), {"tensordict", "torchrl", "benchmarl", "hydra", "numpy"}),
     "losses": ({"functional"}, {"benchmarl", "hydra"}),
+    "value": ({"functional"}, {"benchmarl", "hydra"}),
     "updates": ({"functional", "losses"}, {"benchmarl", "hydra"}),
-    "algorithms": ({"functional", "losses", "updates", "paths"}, {"hydra"}),
+    "algorithms": ({"functional", "losses", "value", "updates", "paths"}, {"hydra"}),
     "environments": ({"paths"}, {"hydra"}),
 }
 

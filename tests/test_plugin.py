@@ -27,7 +27,7 @@ TINY = [
 ]
 
 
-OURS = ("mars", "maspo", "happo", "cliphappo", "hatrpo", "cliphatrpo", "hatrpow", "hatrpog")
+OURS = ("mars", "maspo", "happo", "cliphappo", "hatrpo", "cliphatrpo", "hatrpow", "hatrpog", "gpae")
 
 
 def python(*arguments, cwd, fails=False) -> str:

@@ -2,6 +2,7 @@
 
 from benchmarl_trust.algorithms.cliphappo import ClipHappo, ClipHappoConfig
 from benchmarl_trust.algorithms.cliphatrpo import ClipHatrpo, ClipHatrpoConfig
+from benchmarl_trust.algorithms.gpae import Gpae, GpaeConfig
 from benchmarl_trust.algorithms.happo import Happo, HappoConfig
 from benchmarl_trust.algorithms.hatrpo import Hatrpo, HatrpoConfig
 from benchmarl_trust.algorithms.hatrpog import HatrpoG, HatrpoGConfig
@@ -19,6 +20,7 @@ ALGORITHMS = {
     "cliphatrpo": ClipHatrpoConfig,
     "hatrpow": HatrpoWConfig,
     "hatrpog": HatrpoGConfig,
+    "gpae": GpaeConfig,
 }
 
 __all__ = [
@@ -27,6 +29,8 @@ __all__ = [
     "ClipHappoConfig",
     "ClipHatrpo",
     "ClipHatrpoConfig",
+    "Gpae",
+    "GpaeConfig",
     "Happo",
     "HappoConfig",
     "Hatrpo",

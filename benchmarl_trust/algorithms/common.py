@@ -1,6 +1,9 @@
 """What all algorithms share: BenchMARL's MAPPO with a surrogate gain in place of its clip."""
 
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
+from types import MappingProxyType
+from typing import Any
 
 from benchmarl.algorithms import Mappo, MappoConfig
 from benchmarl.algorithms.common import AlgorithmConfig
@@ -34,6 +37,7 @@ class TrustRegion(Mappo):
     """
 
     loss_class = SurrogateLoss
+    loss_settings: Mapping[str, Any] = MappingProxyType({})
     epsilon_key = "epsilon"
 
     def __init__(
@@ -66,6 +70,7 @@ class TrustRegion(Mappo):
             entropy_coeff=self.entropy_coef,
             critic_coeff=self.critic_coef,
             loss_critic_type=self.loss_critic_type,
+            **self.loss_settings,
         )
         loss.set_keys(
             **{key: (group, key) for key in ("reward", "action", "done", "terminated", "mask")},
@@ -105,14 +110,18 @@ class Simultaneous(TrustRegion):
         batch, where collection had a state, so that with the collected ones the ratios would not start at 1.
         """
         batch = super().process_batch(group, batch)
+        self._on_advantages(group, batch)
         advantage = F.normalize_advantage(
             batch[group, "advantage"], self.normalize_advantage, batch.get((group, "mask"), None)
         )
         batch.set((group, "advantage"), advantage)
         if self.model_config.is_rnn:
             loss, _ = self.get_loss_and_updater(group)
-            batch.set((group, "log_prob"), loss.current_log_prob(batch))
+            batch.set(loss.tensor_keys.sample_log_prob, loss.current_log_prob(batch))
         return batch
+
+    def _on_advantages(self, group: str, batch: TensorDictBase) -> None:
+        """Called with each batch once its advantages are there, before they are normalised."""
 
 
 class RatioExtremes(Callback):

@@ -11,6 +11,14 @@ from benchmarl_trust.functional.distribution import (
     normal_log_prob,
     squashed_normal_entropy,
 )
+from benchmarl_trust.functional.gpae import (
+    TRACES,
+    check_gpae,
+    importance_weight,
+    per_agent_advantage,
+    per_agent_value_target,
+    trace_coefficient,
+)
 from benchmarl_trust.functional.kl_budget import greedy_bound, kkt_budget, uniform_budget
 from benchmarl_trust.functional.line_search import Search, line_search
 from benchmarl_trust.functional.ratio import (
@@ -35,6 +43,7 @@ from benchmarl_trust.functional.surrogate import (
 __all__ = [
     "NORMALIZATIONS",
     "SURROGATES",
+    "TRACES",
     "Search",
     "Solution",
     "Surrogate",
@@ -42,6 +51,7 @@ __all__ = [
     "categorical_kl",
     "categorical_log_prob",
     "categorical_log_probs",
+    "check_gpae",
     "check_same_shape",
     "check_surrogate",
     "clip_gain",
@@ -49,6 +59,7 @@ __all__ = [
     "effective_sample_size",
     "factor_weight",
     "greedy_bound",
+    "importance_weight",
     "kkt_budget",
     "line_search",
     "linear_gain",
@@ -58,10 +69,13 @@ __all__ = [
     "normal_kl",
     "normal_log_prob",
     "normalize_advantage",
+    "per_agent_advantage",
+    "per_agent_value_target",
     "quadratic_gain",
     "reciprocal_gain",
     "squashed_normal_entropy",
     "surrogate_objective",
     "team_advantage",
+    "trace_coefficient",
     "uniform_budget",
 ]

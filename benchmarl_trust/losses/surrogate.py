@@ -36,12 +36,14 @@ class SurrogateLoss(PPOLoss):
         epsilon (float or tuple of two floats): the radius of the trust region; a pair gives the radii for A < 0 and
             for A ≥ 0.
         clip_factor (bool): cap the weight w(M) at 1 (clip-HAPPO); only with a factor M in the batch.
+        critic_on_absent (bool): regress the values of absent agents too, for an estimator that bootstraps from them.
         **kwargs: passed to :class:`torchrl.objectives.PPOLoss` (``entropy_coeff``, ``critic_coeff``,
             ``loss_critic_type``, ``reduction``, ...).
 
     Keys (``set_keys``): those of PPOLoss; ``mask`` [*, N], True where an agent takes part; ``factor`` [*, 1], the
-    compound ratio M of the agents already updated in a sequential update. Both are optional. Absent agents have ratio 1
-    and are left out of every mean; without a factor w = 1.
+    compound ratio M of the agents already updated in a sequential update; ``importance_weight`` [*, N], each agent's
+    π_old/μ where the data is of an older policy μ. All are optional. Absent agents have ratio 1 and are left out of
+    every mean; w is the product of w(M) and the importance weight, 1 for what is not there.
 
     Returns, from ``forward``: ``loss_objective``, ``loss_entropy``, ``loss_critic`` to minimise; ``kl_approx``
     (nats), ``clip_fraction`` (share of ratios outside 1 ± ε, as PPO logs it), ``outside_fraction`` (share beyond the
@@ -70,10 +72,13 @@ class SurrogateLoss(PPOLoss):
 
     @dataclass
     class _AcceptedKeys(PPOLoss._AcceptedKeys):
-        """PPO's keys, ``mask``, True where an agent takes part, and ``factor``, a sequential update's M."""
+        """PPO's keys; ``mask``, True where an agent takes part; ``factor``, a sequential update's M;
+        ``importance_weight``, π_old/μ.
+        """
 
         mask: NestedKey = "mask"
         factor: NestedKey = "factor"
+        importance_weight: NestedKey = "importance_weight"
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
@@ -94,6 +99,7 @@ class SurrogateLoss(PPOLoss):
         surrogate: str,
         epsilon: float | Sequence[float] = 0.2,
         clip_factor: bool = False,
+        critic_on_absent: bool = False,
         **kwargs,
     ):
         low, high = (epsilon, epsilon) if isinstance(epsilon, int | float) else epsilon
@@ -108,6 +114,7 @@ class SurrogateLoss(PPOLoss):
         self.surrogate = surrogate
         self.epsilon = (low, high)
         self.clip_factor = clip_factor
+        self.critic_on_absent = critic_on_absent
 
     @property
     def out_keys(self):
@@ -166,7 +173,8 @@ class SurrogateLoss(PPOLoss):
     def critic_loss(self, tensordict: TensorDictBase) -> TensorDict:
         """The value loss as TorchRL's PPO computes it. Its gradient is the critic's alone."""
         loss, clip_fraction, explained_variance = self.loss_critic(tensordict)
-        out = TensorDict({"loss_critic": self._reduce(loss, tensordict.get(self.tensor_keys.mask, None))})
+        mask = None if self.critic_on_absent else tensordict.get(self.tensor_keys.mask, None)
+        out = TensorDict({"loss_critic": self._reduce(loss, mask)})
         if clip_fraction is not None:
             out["value_clip_fraction"] = clip_fraction
         if explained_variance is not None:
@@ -185,6 +193,17 @@ class SurrogateLoss(PPOLoss):
         return torch.where(advantage >= 0, advantage.new_tensor(high), advantage.new_tensor(low))
 
     def _weight(self, tensordict: TensorDictBase, advantage: Tensor) -> float | Tensor:
+        importance = tensordict.get(self.tensor_keys.importance_weight, None)
+        if importance is None:
+            return self._factor_weight(tensordict, advantage)
+        if (*importance.shape, 1) != advantage.shape:
+            raise ValueError(
+                f"The weight of key {self.tensor_keys.importance_weight!r} has shape {tuple(importance.shape)}; it "
+                f"must be one number per agent, {tuple(advantage.shape[:-1])}."
+            )
+        return self._factor_weight(tensordict, advantage) * importance.unsqueeze(-1)
+
+    def _factor_weight(self, tensordict: TensorDictBase, advantage: Tensor) -> float | Tensor:
         factor = tensordict.get(self.tensor_keys.factor, None)
         if factor is None:
             return 1.0

@@ -256,3 +256,26 @@ def test_missing_log_prob_is_named():
     actor, critic = networks("categorical")
     with pytest.raises(KeyError, match="log_prob"):
         surrogate_loss(actor, critic)(batch_for(actor).exclude("log_prob"))
+
+
+def test_importance_weights_multiply_each_agents_gain():
+    actor, critic = networks("categorical")
+    batch = batch_for(actor)
+    loss = surrogate_loss(actor, critic, reduction="none")
+    plain = loss(batch)["loss_objective"]
+    batch["importance_weight"] = torch.rand(64, N, dtype=torch.float64)
+    torch.testing.assert_close(loss(batch)["loss_objective"], plain * batch["importance_weight"])
+    batch["factor"] = torch.full((64, 1), 2.0, dtype=torch.float64)
+    torch.testing.assert_close(loss(batch)["loss_objective"], 2 * plain * batch["importance_weight"])
+    with pytest.raises(ValueError, match="one number per agent"):
+        loss(batch.set("importance_weight", batch["importance_weight"].unsqueeze(-1)))
+
+
+def test_values_of_absent_agents_are_regressed_only_if_asked():
+    actor, critic = networks("categorical")
+    batch = batch_for(actor)
+    batch["mask"] = torch.rand(64, N) < 0.5
+    error = (critic(batch.clone())["state_value"] - batch["value_target"]).squeeze(-1).square()
+    for asked, expected in ((False, error[batch["mask"]].mean()), (True, error.mean())):
+        loss = surrogate_loss(actor, critic, critic_coeff=1.0, critic_on_absent=asked)
+        torch.testing.assert_close(loss(batch)["loss_critic"], expected)
