@@ -75,7 +75,7 @@ class Gpae(Simultaneous):
         if not self.share_param_critic:
             raise ValueError(
                 "algorithm.share_param_critic=False: GPAE has one critic that is told whose value is wanted. Separate "
-                "critics would each have to be run on every agent's input. Leave it at True."
+                "critics would cost the same time and N times the parameters. Leave it at True."
             )
 
     def _check_rollouts(self) -> None:
