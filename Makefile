@@ -19,7 +19,7 @@ demo: $(VENV)/.installed-vmas
 	$(BIN)/python examples/learning_curves.py $(DEMO_FOLDER)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -1,7 +1,13 @@
+import os
+
 import pytest
 import torch
 from benchmarl.experiment import Experiment, ExperimentConfig
 from benchmarl.models import MlpConfig
+
+PARALLEL = "PYTEST_XDIST_WORKER" in os.environ  # then one thread for each worker, and for its child processes
+if PARALLEL:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items):
@@ -12,7 +18,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _two_threads():
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    torch.set_num_threads(1 if PARALLEL else min(2, torch.get_num_threads()))
 
 
 @pytest.fixture
