@@ -18,15 +18,25 @@ def python(*arguments, fails=False) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    "script", ["compare.py", "barrier.py", "advantage_variance.py", "learning_curves.py", "joint_constraint.py"]
-)
+SCRIPTS = [
+    "compare",
+    "barrier",
+    "advantage_variance",
+    "learning_curves",
+    "joint_constraint",
+    "advantage_gap",
+    "truncation",
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script):
-    assert "usage:" in python(EXAMPLES / script, "--help")
+    assert "usage:" in python(EXAMPLES / f"{script}.py", "--help")
 
 
-def test_benchmark_help():
-    assert "--agents" in python(BENCHMARKS / "sequential_update.py", "--help")
+@pytest.mark.parametrize("script", ["sequential_update", "natural_update", "gpae"])
+def test_benchmark_help(script):
+    assert "--agents" in python(BENCHMARKS / f"{script}.py", "--help")
 
 
 def test_torchrl_only():
@@ -47,6 +57,37 @@ def test_joint_constraint(tmp_path):
     for row in rows:
         assert sum(map(int, row[5:8])) == 2  # seeds
         assert 0 < float(row[-1]) <= 0.0201  # KL of both agents
+    assert picture.stat().st_size > 10_000
+
+
+SMALL = ["collected_frames_per_batch=200", "n_envs_per_worker=4", "n_minibatch_iters=1", "minibatch_size=100"]
+SMALL = [f"experiment.on_policy_{setting}" for setting in SMALL]
+SMALL += ["model.num_cells=[8]", "experiment.evaluation_interval=200", "experiment.evaluation_episodes=4"]
+
+
+def test_advantage_gap(tmp_path):
+    picture = tmp_path / "gap.png"
+    settings = ("--seeds", 0, "--frames", 400, "--steps", 100, "--out", picture, "--override", *SMALL)
+    rows = [line.split() for line in python(EXAMPLES / "advantage_gap.py", *settings).splitlines()]
+    game_gpae, task_gpae = [row for row in rows if row[:1] == ["GPAE"]]
+    game_mappo, task_mappo = [row for row in rows if row[:1] == ["MAPPO"]]
+    assert float(game_gpae[1]) == pytest.approx(0.5, abs=0.01)  # in state 0
+    assert float(game_gpae[4]) == pytest.approx(1.5, abs=0.01)  # in state 1
+    assert [float(game_mappo[k]) for k in (1, 4)] == [0, 0]
+    assert [float(task_mappo[k]) for k in (1, 4, 7, 10)] == [0, 0, 0.25, 0.25]
+    assert float(task_gpae[1]) != 0
+    assert picture.stat().st_size > 10_000
+
+
+def test_truncation(tmp_path):
+    picture = tmp_path / "truncation.png"
+    settings = ("--seeds", 0, "--frames", 600, "--rollouts", 2, "--etas", 1.0, "--truncations", "dt", "none")
+    output = python(EXAMPLES / "truncation.py", *settings, "--out", picture, "--override", *SMALL)
+    traces = {
+        line.split()[0]: float(line.split()[-1]) for line in output.splitlines() if line.startswith(("dt", "none"))
+    }
+    assert traces["none"] == 0.95  # λ: nothing is truncated
+    assert traces["dt,"] < 0.95
     assert picture.stat().st_size > 10_000
 
 
