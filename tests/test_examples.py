@@ -1,5 +1,6 @@
 """The examples start, and the plot of learning curves reads what BenchMARL writes."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from benchmarl_trust import MarsConfig
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BENCHMARKS = EXAMPLES.parent / "benchmarks"
+WITH_ARGUMENTS = [script for folder in (EXAMPLES, BENCHMARKS) for script in sorted(folder.glob("*.py"))]
+WITH_ARGUMENTS.remove(EXAMPLES / "torchrl_only.py")
 
 
 def python(*arguments, fails=False) -> str:
@@ -18,25 +21,13 @@ def python(*arguments, fails=False) -> str:
     return done.stdout + done.stderr
 
 
-SCRIPTS = [
-    "compare",
-    "barrier",
-    "advantage_variance",
-    "learning_curves",
-    "joint_constraint",
-    "advantage_gap",
-    "truncation",
-]
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help(script):
-    assert "usage:" in python(EXAMPLES / f"{script}.py", "--help")
-
-
-@pytest.mark.parametrize("script", ["sequential_update", "natural_update", "gpae"])
-def test_benchmark_help(script):
-    assert "--agents" in python(BENCHMARKS / f"{script}.py", "--help")
+@pytest.mark.parametrize("script", WITH_ARGUMENTS, ids=lambda script: script.stem)
+def test_help(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    monkeypatch.syspath_prepend(script.parent)  # as Python does for a script
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(script), run_name="__main__")
+    assert "usage:" in capsys.readouterr().out
 
 
 def test_torchrl_only():
