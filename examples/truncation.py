@@ -79,7 +79,7 @@ def make_settings(args: argparse.Namespace, folder: str) -> dict:
 
 
 def run(algorithm: GpaeConfig, task: str, seed: int, settings: dict) -> tuple[Tensor, Tensor, Tensor]:
-    """Train; the iterations and returns of all evaluations, and the mean of what the traces let through."""
+    """Train; the frames and returns of all evaluations, and the mean of what the traces let through."""
     experiment = Experiment(
         algorithm_config=algorithm, task=task_config_registry[f"vmas/{task}"].get_from_yaml(), seed=seed, **settings
     )
@@ -88,7 +88,7 @@ def run(algorithm: GpaeConfig, task: str, seed: int, settings: dict) -> tuple[Te
     iteration, value = torch.tensor(scalars["eval_reward_episode_reward_mean"]).double().T
     traces = [scalars[f"train_{group}_trace_mean"] for group in experiment.group_map]
     trace = torch.tensor(traces).double()[..., 1].mean()
-    frames = iteration * settings["config"].on_policy_collected_frames_per_batch
+    frames = torch.tensor([dict(scalars["counters_total_frames"])[step] for step in iteration.tolist()]).double()
     del experiment, scalars
     gc.collect()  # the csv logger keeps a file open for each quantity as long as it lives
     return frames, value, trace

@@ -1,5 +1,6 @@
 """GPAE: each agent its own advantage, from a critic that knows the others' actions and not the agent's own."""
 
+import math
 from dataclasses import MISSING, dataclass
 from types import MappingProxyType
 
@@ -29,6 +30,8 @@ from benchmarl_trust.value import GPAE, CounterfactualCritic
 OBJECTIVES = ("clip", "quadratic", "reciprocal")
 #: The name of the critic's additional input: who did what.
 TABLE = "joint_action"
+#: A log-ratio up to this is rounding when it is logged which ratios exceed a cap.
+ROUNDING = 1e-4
 
 
 class Gpae(Simultaneous):
@@ -109,7 +112,8 @@ class Gpae(Simultaneous):
             eta=self.eta,
             off_policy=self.off_policy,
         )
-        names = ("reward", "action", "mask", "advantage", "value_target", "policy_features", "old_log_prob")
+        names = ["reward", "action", "mask", "advantage", "value_target"]
+        names += ["policy_features", "old_log_prob", "importance_weight"]
         estimator.set_keys(
             **{name: (group, name) for name in names},
             value=(group, "state_value"),
@@ -151,11 +155,7 @@ class Gpae(Simultaneous):
 
     def process_batch(self, group: str, batch: TensorDictBase) -> TensorDictBase:
         """GPAE's advantages and value targets of this batch and of those kept, normalised as configured."""
-        if not self.off_policy:
-            return super().process_batch(group, batch)
-        batch = super().process_batch(group, self._with_kept(group, batch))
-        batch.set((group, "importance_weight"), F.importance_weight(_log_ratio(group, batch)))
-        return batch
+        return super().process_batch(group, self._with_kept(group, batch) if self.off_policy else batch)
 
     def _with_kept(self, group: str, batch: TensorDictBase) -> TensorDictBase:
         """The batches in the buffer, the oldest first, and this one. The buffer is emptied: all come back processed."""
@@ -168,6 +168,12 @@ class Gpae(Simultaneous):
         rows, length = batch.shape
         if len(buffer) == 0:
             return batch
+        if len(buffer.storage._storage) < buffer.storage.max_size:
+            raise ValueError(
+                f"algorithm.n_rollouts={self.n_rollouts}: the restored checkpoint was saved with fewer, and its "
+                "buffer has no room for as many. Restore with the n_rollouts it was saved with, or save checkpoints "
+                "without their buffers (experiment.exclude_buffer_from_checkpoint=True)."
+            )
         kept = buffer.storage[: len(buffer)].reshape(-1, length)[-rows * (self.n_rollouts - 1) :]
         kept = kept.select(*batch.keys(True, True)).to(batch.device)
         batch = torch.cat([kept, batch])
@@ -183,29 +189,35 @@ class Gpae(Simultaneous):
         mask = batch.get((group, "mask"), None)
         advantage, value, target = (batch[group, key] for key in ("advantage", "state_value", "value_target"))
         metrics = _advantage_metrics(advantage.squeeze(-1), mask)
-        metrics["value_explained_variance"] = 1 - _variance(target - value) / _variance(target).clamp(min=1e-12)
+        unexplained = _variance((target - value).squeeze(-1)) / _variance(target.squeeze(-1)).clamp(min=1e-12)
+        metrics |= _each_and_mean("value_explained_variance", 1 - unexplained)
         if self.off_policy:
-            metrics |= self._ratio_metrics(_log_ratio(group, batch), mask)
-            envs = self.experiment_config.n_envs_per_worker(self.on_policy)
-            metrics["data_age"] = torch.tensor((batch.shape[0] / envs - 1) / 2)
+            metrics |= self._ratio_metrics(group, batch, mask)
         values = torch.stack([metric.double() for metric in metrics.values()]).tolist()
-        self.experiment.logger.log(
-            {f"train/{group}/{name}": value for name, value in zip(metrics, values, strict=True)},
-            step=self.experiment.n_iters_performed,
-        )
+        metrics = {f"train/{group}/{name}": value for name, value in zip(metrics, values, strict=True)}
+        if self.off_policy:
+            envs = self.experiment_config.n_envs_per_worker(self.on_policy)
+            metrics[f"train/{group}/data_age"] = (batch.shape[0] / envs - 1) / 2
+        self.experiment.logger.log(metrics, step=self.experiment.n_iters_performed)
 
-    def _ratio_metrics(self, log_ratio: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        finite = torch.where(log_ratio.isfinite(), log_ratio, 0)
-        others = finite.sum(-1, keepdim=True) - finite
-        trace = F.trace_coefficient(finite, self.lmbda, self.truncation, self.eta)
-        shares = {
-            "ratio_above_one": finite > 0,
-            "joint_ratio_above_one": finite + others > 0,
-            "teammates_ratio_above_eta": others.exp() > self.eta,
+    def _ratio_metrics(self, group: str, batch: TensorDictBase, mask: Tensor | None) -> dict[str, Tensor]:
+        """What the traces let through, and the shares of ratios that each cap truncates."""
+        log_ratio = F.log_ratio(batch[group, "old_log_prob"], batch[group, "log_prob"], mask)
+        own = torch.where(log_ratio.isfinite(), log_ratio, 0)
+        others = own.sum(-1, keepdim=True) - own
+        log_eta = math.log(self.eta)
+        steps = {
+            "trace_mean": F.trace_coefficient(own, self.lmbda, self.truncation, self.eta),
+            "ratio_above_one": own > ROUNDING,
+            "joint_ratio_above_one": own + others > ROUNDING,
+            "teammates_ratio_above_eta": others > log_eta + ROUNDING,
+            "dt_ratio_above_one": own + others.clamp(max=log_eta) > ROUNDING,
             "ratio_not_finite": ~log_ratio.isfinite(),
         }
-        metrics = {name: F.masked_mean(share.double(), mask) for name, share in shares.items()}
-        return {"trace_mean": F.masked_mean(trace, mask), **metrics}
+        metrics = {}
+        for name, value in steps.items():
+            metrics |= _each_and_mean(name, _mean_of_each(value.double(), mask))
+        return metrics
 
 
 def counterfactual_critic(
@@ -280,13 +292,23 @@ def _feature_dims(model_config: ModelConfig, group: str) -> int:
     return getattr(model_config, "num_feature_dims", 1)
 
 
-def _log_ratio(group: str, batch: TensorDictBase) -> Tensor:
-    """The log-ratios log π_old - log μ of the executed actions, [*, N]; 0 for absent agents."""
-    return F.log_ratio(batch[group, "old_log_prob"], batch[group, "log_prob"], batch.get((group, "mask"), None))
+def _each_and_mean(name: str, value: Tensor) -> dict[str, Tensor]:
+    """A quantity of each agent, [N], and its mean over agents."""
+    return {f"{name}_agent_{i}": value[i] for i in range(len(value))} | {name: value.mean()}
+
+
+def _mean_of_each(value: Tensor, mask: Tensor | None) -> Tensor:
+    """Each agent's mean over the samples [*, N] in which it takes part, [N]; 0 if there is none."""
+    value = value.flatten(0, -2)
+    if mask is None:
+        return value.mean(0)
+    mask = mask.flatten(0, -2)
+    return torch.where(mask, value, 0).sum(0) / mask.sum(0).clamp(min=1)
 
 
 def _variance(value: Tensor) -> Tensor:
-    return value.var(correction=0)
+    """Each agent's variance over the samples [*, N], [N]."""
+    return value.flatten(0, -2).var(0, correction=0)
 
 
 def _advantage_metrics(advantage: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
@@ -294,12 +316,10 @@ def _advantage_metrics(advantage: Tensor, mask: Tensor | None) -> dict[str, Tens
     n_agents = advantage.shape[-1]
     flat = advantage.reshape(-1, n_agents).double()
     present = torch.ones_like(flat) if mask is None else mask.reshape(-1, n_agents).double()
-    count = present.sum(0).clamp(min=1)
-    mean = (flat * present).sum(0) / count
+    mean = _mean_of_each(flat, None if mask is None else present.bool())
     centred = (flat - mean) * present
-    std = (centred.square().sum(0) / count).sqrt()
-    metrics = {f"advantage_mean_agent_{i}": mean[i] for i in range(n_agents)}
-    metrics |= {f"advantage_std_agent_{i}": std[i] for i in range(n_agents)}
+    std = (centred.square().sum(0) / present.sum(0).clamp(min=1)).sqrt()
+    metrics = _each_and_mean("advantage_mean", mean) | _each_and_mean("advantage_std", std)
     if n_agents > 1:
         both = present.T @ present
         scale = ((centred.square().T @ present) * (present.T @ centred.square())).sqrt()

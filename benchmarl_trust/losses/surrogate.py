@@ -43,7 +43,8 @@ class SurrogateLoss(PPOLoss):
     Keys (``set_keys``): those of PPOLoss; ``mask`` [*, N], True where an agent takes part; ``factor`` [*, 1], the
     compound ratio M of the agents already updated in a sequential update; ``importance_weight`` [*, N], each agent's
     π_old/μ where the data is of an older policy μ. All are optional. Absent agents have ratio 1 and are left out of
-    every mean; w is the product of w(M) and the importance weight, 1 for what is not there.
+    every mean, and so are agents whose importance weight is not finite; w is the product of w(M) and the importance
+    weight, 1 for what is not there.
 
     Returns, from ``forward``: ``loss_objective``, ``loss_entropy``, ``loss_critic`` to minimise; ``kl_approx``
     (nats), ``clip_fraction`` (share of ratios outside 1 ± ε, as PPO logs it), ``outside_fraction`` (share beyond the
@@ -154,7 +155,7 @@ class SurrogateLoss(PPOLoss):
                 f"The batch has no {self.tensor_keys.advantage!r}: compute it first, with make_value_estimator() and "
                 "value_estimator(batch), or call the loss itself, which does so."
             )
-        mask = tensordict.get(self.tensor_keys.mask, None)
+        mask = self._counted(tensordict, advantage)
         self._check_shape(tensordict.get(self.tensor_keys.sample_log_prob, None), advantage)
         log_ratio, dist, _ = self._log_weight(tensordict, adv_shape=advantage.shape[:-1])
         self._check_shape(log_ratio.squeeze(-1), advantage)
@@ -192,16 +193,27 @@ class SurrogateLoss(PPOLoss):
             return high
         return torch.where(advantage >= 0, advantage.new_tensor(high), advantage.new_tensor(low))
 
-    def _weight(self, tensordict: TensorDictBase, advantage: Tensor) -> float | Tensor:
-        importance = tensordict.get(self.tensor_keys.importance_weight, None)
+    def _counted(self, tensordict: TensorDictBase, advantage: Tensor) -> Tensor | None:
+        """Which agents' samples count, [*, N]; None for all."""
+        mask, importance = tensordict.get(self.tensor_keys.mask, None), self._importance(tensordict, advantage)
         if importance is None:
-            return self._factor_weight(tensordict, advantage)
-        if (*importance.shape, 1) != advantage.shape:
+            return mask
+        return importance.isfinite() if mask is None else mask & importance.isfinite()
+
+    def _weight(self, tensordict: TensorDictBase, advantage: Tensor) -> float | Tensor:
+        factor, importance = self._factor_weight(tensordict, advantage), self._importance(tensordict, advantage)
+        if importance is None:
+            return factor
+        return factor * torch.where(importance.isfinite(), importance, 0).unsqueeze(-1)
+
+    def _importance(self, tensordict: TensorDictBase, advantage: Tensor) -> Tensor | None:
+        importance = tensordict.get(self.tensor_keys.importance_weight, None)
+        if importance is not None and (*importance.shape, 1) != advantage.shape:
             raise ValueError(
                 f"The weight of key {self.tensor_keys.importance_weight!r} has shape {tuple(importance.shape)}; it "
                 f"must be one number per agent, {tuple(advantage.shape[:-1])}."
             )
-        return self._factor_weight(tensordict, advantage) * importance.unsqueeze(-1)
+        return importance
 
     def _factor_weight(self, tensordict: TensorDictBase, advantage: Tensor) -> float | Tensor:
         factor = tensordict.get(self.tensor_keys.factor, None)

@@ -36,7 +36,9 @@ class GPAE(ValueEstimatorBase):
     recurrent ones over each sequence and one step further.
 
     The policy is asked once per call, as it then is. What it says is written to the batch and is data from then on:
-    features of its distribution, which the critic reads, and with ``off_policy`` the log-probs of the executed actions.
+    features of its distribution, which the critic reads, and with ``off_policy`` the log-probs of the executed actions
+    and their ratios to those of collection. A :class:`~benchmarl_trust.losses.SurrogateLoss` reads the ratios as
+    weights by itself; ``loss.set_keys(sample_log_prob="old_log_prob")`` puts its trust region around this policy.
 
     Args:
         gamma (float): γ in [0, 1].
@@ -54,7 +56,8 @@ class GPAE(ValueEstimatorBase):
     [*, T, 1], all under "next"; ``action``; ``sample_log_prob`` [*, T, N], read if ``off_policy``; ``mask``
     [*, T, N], optional, True where an agent takes part. Written: ``value``, ``advantage``, ``value_target``
     [*, T, N, 1], ``policy_features`` [*, T, N, F], and if ``off_policy`` ``old_log_prob`` [*, T, N], the log-prob under
-    the policy of the call. The last batch dimension is time.
+    the policy of the call, and ``importance_weight`` [*, T, N], its ratio to the stored one, NaN where that is not
+    finite. The last batch dimension is time.
 
     An absent agent, or one whose ratio is NaN, counts as one of ratio 1 and gets advantage 0. An absent agent's value
     goes on, and so does its target: what a death costs or spares the team is part of the advantage of the last action
@@ -98,6 +101,7 @@ class GPAE(ValueEstimatorBase):
         action: NestedKey = "action"
         policy_features: NestedKey = "policy_features"
         old_log_prob: NestedKey = "old_log_prob"
+        importance_weight: NestedKey = "importance_weight"
         mask: NestedKey = "mask"
 
     default_keys = _AcceptedKeys
@@ -135,7 +139,7 @@ class GPAE(ValueEstimatorBase):
         """What is written."""
         keys = self.tensor_keys
         out = [keys.advantage, keys.value_target, keys.value, keys.policy_features]
-        return [*out, keys.old_log_prob] if self.off_policy else out
+        return [*out, keys.old_log_prob, keys.importance_weight] if self.off_policy else out
 
     @property
     def _observation_keys(self) -> list[NestedKey]:
@@ -207,6 +211,7 @@ class GPAE(ValueEstimatorBase):
         out[keys.policy_features] = features
         if self.off_policy:
             out[keys.old_log_prob] = old_log_prob
+            out[keys.importance_weight] = F.importance_weight(log_ratio)
         return out
 
     def _evaluate(self, batch: TensorDictBase, params: TensorDictBase | None) -> tuple[Tensor, ...]:
@@ -356,7 +361,7 @@ def _layout(done: Tensor) -> _Layout:
     index = torch.arange(length, device=done.device).expand(batch, length)
     row = torch.arange(batch, device=done.device).unsqueeze(-1)
     slot = index + ends.cumsum(1) - ends.long()
-    width = length + int(ends.sum(1).max())  # the one synchronisation with the host
+    width = length + int(ends.sum(1).max())  # this and nonzero synchronise with the host, once per iteration
     step = torch.full((batch, width), length - 1, device=done.device).scatter(1, slot, index)
     end_row, end_step = ends.nonzero(as_tuple=True)
     after_end = torch.cat([torch.zeros_like(done[:, :1]), done[:, :-1]], 1)

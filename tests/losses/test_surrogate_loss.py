@@ -271,6 +271,32 @@ def test_importance_weights_multiply_each_agents_gain():
         loss(batch.set("importance_weight", batch["importance_weight"].unsqueeze(-1)))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("surrogate", ["clip", "quadratic", "reciprocal"])
+@pytest.mark.parametrize("old", [torch.nan, torch.inf, -torch.inf])
+def test_samples_whose_importance_weight_is_not_finite_count_nowhere(surrogate, old, masked):
+    actor, critic = networks("categorical")
+    batch = batch_for(actor)
+    loss = surrogate_loss(actor, critic, surrogate=surrogate, entropy_coeff=0.01)
+    batch["importance_weight"] = torch.rand(64, N, dtype=torch.float64) + 0.5
+    keep = torch.rand(64, N) < 0.7
+    if masked:
+        batch["mask"] = torch.rand(64, N) < 0.7
+    expected = batch.clone().set("mask", keep & batch["mask"] if masked else keep)
+    batch["importance_weight"][~keep] = torch.nan
+    batch["log_prob"][~keep] = old
+    gradients = []
+    for data in (batch, expected):
+        out = loss.actor_loss(data)
+        total = out["loss_objective"] + out["loss_entropy"]
+        gradients.append(torch.autograd.grad(total, list(loss.actor_network_params.values(True, True))))
+        assert total.isfinite()
+    torch.testing.assert_close(*gradients)
+    assert any(gradient.abs().sum() > 0 for gradient in gradients[0])
+    for name in ("loss_objective", "loss_entropy", "kl_approx", "ratio_min", "ratio_max", "ESS"):
+        torch.testing.assert_close(loss.actor_loss(batch)[name], loss.actor_loss(expected)[name])
+
+
 def test_values_of_absent_agents_are_regressed_only_if_asked():
     actor, critic = networks("categorical")
     batch = batch_for(actor)

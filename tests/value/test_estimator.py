@@ -297,6 +297,24 @@ def test_ratios_that_are_no_numbers_are_left_out():
     assert batch["advantage"].isfinite().all()
     assert batch["value_target"].isfinite().all()
     assert batch["advantage"][0, 2, 1] == 0
+    assert (~batch["importance_weight"].isfinite()).nonzero().tolist() == [[0, 2, 1], [1, 2, 1]]
+
+
+def test_the_loss_reads_the_ratios_that_the_estimator_writes():
+    """min(r A, clip(r, ρ(1-ε), ρ(1+ε)) A) with r = π_θ/μ, by the default keys."""
+    team = make_team("categorical")
+    batch = make_batch(team)
+    batch["log_prob"] += 0.3 * torch.randn(batch["log_prob"].shape, dtype=torch.float64)  # of an older policy
+    team.estimator(off_policy=True)(batch)
+    loss = SurrogateLoss(team.policy, team.critic, surrogate="clip", epsilon=0.1)
+    loss.set_keys(sample_log_prob="old_log_prob")
+    with torch.no_grad():
+        loss.actor_network_params.apply_(lambda x: x + 0.1 * torch.randn_like(x))
+        ratio = (loss.current_log_prob(batch) - batch["log_prob"]).exp()
+        old, advantage = batch["importance_weight"], batch["advantage"].squeeze(-1)
+        gain = torch.minimum(ratio * advantage, torch.clamp(ratio, old * 0.9, old * 1.1) * advantage)
+        torch.testing.assert_close(loss.actor_loss(batch)["loss_objective"], -gain.mean())
+    assert (ratio / old - 1).abs().max() > 0.1
 
 
 def test_a_last_observation_that_allows_no_action():
