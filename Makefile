@@ -1,5 +1,6 @@
 # make demo   sets up, trains MARS and MAPPO on vmas/balance, draws their learning curves
 # make test   sets up, runs all tests
+# make matrix runs every algorithm on every task and model, about half an hour; writes docs/matrix.md
 # make lint   ruff check and format check
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 DEMO_FRAMES ?= 120000
 DEMO_FOLDER ?= outputs/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test matrix lint clean
 
 demo: $(VENV)/.installed-vmas
 	rm -rf $(DEMO_FOLDER)
@@ -20,6 +21,9 @@ demo: $(VENV)/.installed-vmas
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+matrix: $(VENV)/.installed-test
+	$(BIN)/python -W ignore tests/matrix.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -1,0 +1,321 @@
+"""The matrix: every algorithm, and BenchMARL's MAPPO, on every task that BenchMARL bundles and on every model.
+
+    make matrix                                   # all of it, two rows at a time; writes docs/matrix.md
+    python tests/matrix.py --rows vmas/balance    # the rows whose names contain one of these words
+
+A cell is one algorithm on one row: an iteration of 40 frames and one evaluation, episodes cut to 5 steps where the task
+has a setting for it. It passes if all parameters are finite afterwards. Each row runs in a process of its own. What a
+cell gave is appended to outputs/matrix/cells.jsonl, and is not run again by the next call (--again runs all).
+"""
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from benchmarl.algorithms import MappoConfig
+from benchmarl.algorithms.common import AlgorithmConfig
+from benchmarl.environments import TaskClass, task_config_registry
+from benchmarl.experiment import Experiment, ExperimentConfig
+from benchmarl.models import CnnConfig, DeepsetsConfig, GnnConfig, GruConfig, LstmConfig, MlpConfig
+from benchmarl.models.common import ModelConfig, SequenceModelConfig
+from environments import StandInTask
+from torch import nn
+
+from benchmarl_trust import ALGORITHMS
+
+ROOT = Path(__file__).parents[1]
+CELLS, TABLE = ROOT / "outputs" / "matrix" / "cells.jsonl", ROOT / "docs" / "matrix.md"
+#: Seconds that one cell may take.
+LIMIT = 300
+COLUMNS = ["mappo", *ALGORITHMS]
+
+LAYERS = {"activation_class": nn.Tanh, "layer_class": nn.Linear}
+MLP = {"mlp_num_cells": [4], "mlp_activation_class": nn.Tanh, "mlp_layer_class": nn.Linear}
+RNN = {"hidden_size": 6, "n_layers": 1, "bias": True, "dropout": 0, "compile": False} | MLP
+CNN = {
+    "cnn_num_cells": [3],
+    "cnn_kernel_sizes": 3,
+    "cnn_strides": 1,
+    "cnn_paddings": 0,
+    "cnn_activation_class": nn.Tanh,
+}
+SETS = {"aggr": "sum", "out_features_local_nn": 6, "local_nn_num_cells": [5], "global_nn_num_cells": [5]}
+SETS |= {"local_nn_activation_class": nn.Tanh, "global_nn_activation_class": nn.Tanh}
+
+
+def mlp(*cells: int) -> MlpConfig:
+    return MlpConfig(num_cells=list(cells), **LAYERS)
+
+
+def numbers() -> ModelConfig:
+    """A model of observations that are vectors."""
+    return mlp(8)
+
+
+def images() -> ModelConfig:
+    """A model of observations that are images."""
+    return CnnConfig(**CNN, **MLP)
+
+
+def gnn() -> GnnConfig:
+    from torch_geometric.nn.conv import GATv2Conv
+
+    return GnnConfig(topology="full", self_loops=True, gnn_class=GATv2Conv)
+
+
+def sequence(*configs: ModelConfig) -> SequenceModelConfig:
+    return SequenceModelConfig(list(configs), [5] * (len(configs) - 1))
+
+
+class Model(NamedTuple):
+    """A model for policy and critic, and the task that it fits."""
+
+    policy: Callable[[], ModelConfig]
+    critic: Callable[[], ModelConfig] | None = None
+    task: Callable[[], TaskClass] = lambda: cut(task_config_registry["vmas/balance"].get_from_yaml())
+
+
+MODELS = {
+    "mlp": Model(numbers),
+    "gru": Model(lambda: GruConfig(**RNN)),
+    "lstm": Model(lambda: LstmConfig(**RNN)),
+    "cnn": Model(images, task=lambda: StandInTask(rgb=True)),
+    "deepsets critic": Model(numbers, lambda: DeepsetsConfig(**SETS)),
+    "gnn→mlp": Model(lambda: sequence(gnn(), mlp(4))),
+    "mlp→gru": Model(lambda: sequence(mlp(4), GruConfig(**RNN))),
+}
+#: Tasks whose engines cannot be installed from a package index: environments with their specs stand in.
+STAND_INS = {
+    "smacv2 (specs only)": lambda: StandInTask(mask=True, state=True, absent=True),
+    "meltingpot (specs only)": lambda: StandInTask(rgb=True),
+}
+NOT_ON_AN_INDEX = {
+    "smacv2": "StarCraft II, a binary of its own",
+    "meltingpot": "dmlab2d, which dm-meltingpot builds on and which has no wheels for current Pythons",
+}
+
+
+class Row(NamedTuple):
+    """What all algorithms are run on."""
+
+    name: str
+    task: Callable[[], TaskClass]
+    model: Callable[[], ModelConfig]
+    critic: Callable[[], ModelConfig] | None = None
+    settings: dict = {}  # noqa: RUF012
+    overrides: dict = {}  # noqa: RUF012
+
+
+def cut(task: TaskClass) -> TaskClass:
+    """The task with short episodes."""
+    for key in ("max_steps", "max_cycles"):
+        if key in task.config:
+            task.config[key] = 5
+    return task
+
+
+def rows() -> list[Row]:
+    """All of the matrix."""
+    out = []
+    for name, task in task_config_registry.items():
+        suite = name.split("/")[0]
+        if suite in NOT_ON_AN_INDEX or suite == "trust_games":
+            continue
+        make = lambda task=task: cut(task.get_from_yaml())  # noqa: E731
+        model = images if suite == "magent" else numbers
+        supported = make()
+        kinds = {
+            "continuous": supported.supports_continuous_actions(),
+            "discrete": supported.supports_discrete_actions(),
+        }
+        for kind in (kind for kind, can in kinds.items() if can):
+            settings = {"prefer_continuous_actions": kind == "continuous"}
+            out.append(Row(f"{name} {kind}", make, model, settings=settings))
+            if name.endswith("simple_speaker_listener"):
+                out.append(Row(f"{name} {kind} teams", make, model, settings=settings, overrides={"teams": "all"}))
+    for name, make in STAND_INS.items():
+        out.append(Row(name, make, images if "meltingpot" in name else numbers))
+    for name, model in MODELS.items():
+        for share in (True, False):
+            settings = {"share_policy_params": share}
+            out.append(
+                Row(f"{name} {'shared' if share else 'separate'}", model.task, model.policy, model.critic, settings)
+            )
+    return out
+
+
+########
+# Cells
+########
+
+
+def make_config(folder: str, **settings) -> ExperimentConfig:
+    """One iteration of 40 frames, one evaluation."""
+    config = ExperimentConfig.get_from_yaml()
+    config.save_folder = folder
+    config.max_n_iters, config.max_n_frames = 1, None
+    config.on_policy_collected_frames_per_batch, config.on_policy_n_envs_per_worker = 40, 4
+    config.on_policy_n_minibatch_iters, config.on_policy_minibatch_size = 1, 20
+    config.evaluation, config.evaluation_interval, config.evaluation_episodes = True, 40, 2
+    config.share_policy_params, config.render, config.loggers, config.create_json = False, False, [], False
+    for key, value in settings.items():
+        setattr(config, key, value)
+    return config
+
+
+def make_algorithm(name: str, row: Row, task: TaskClass) -> AlgorithmConfig:
+    """The algorithm with the row's settings, where it has them."""
+    config = (MappoConfig if name == "mappo" else ALGORITHMS[name]).get_from_yaml()
+    if row.overrides.get("teams") == "all" and hasattr(config, "teams"):
+        env = task.get_env_fun(1, True, 0, "cpu")()
+        config.teams = [list(task.group_map(env))]
+    return config
+
+
+def run_cell(row: Row, algorithm: str, folder: str) -> None:
+    """Run it; raises what went wrong."""
+    task = row.task()
+    critic = row.critic() if row.critic else None
+    config = make_config(folder, **row.settings)
+    experiment = Experiment(
+        task, make_algorithm(algorithm, row, task), row.model(), seed=0, config=config, critic_model_config=critic
+    )
+    experiment.run()
+    for loss in experiment.losses.values():
+        for name, parameter in loss.named_parameters():
+            if not parameter.isfinite().all():
+                raise FloatingPointError(f"{name} is not finite")
+
+
+def last_line(error: BaseException) -> str:
+    return traceback.format_exception_only(error)[-1].strip().splitlines()[0][:300]
+
+
+def work(row: Row, algorithms: list[str]) -> None:
+    """The process of one row: a line of JSON for each cell."""
+
+    def out_of_time(*_) -> None:
+        raise TimeoutError(f"not done in {LIMIT} s")
+
+    signal.signal(signal.SIGALRM, out_of_time)
+    torch.set_num_threads(1)
+    for algorithm in algorithms:
+        start, why = time.perf_counter(), None
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                signal.alarm(LIMIT)
+                run_cell(row, algorithm, folder)
+            except Exception as error:
+                why = last_line(error)
+            finally:
+                signal.alarm(0)
+        seconds = round(time.perf_counter() - start, 1)
+        print(json.dumps({"row": row.name, "algorithm": algorithm, "why": why, "seconds": seconds}), flush=True)
+
+
+def run_row(row: Row, algorithms: list[str], save: Callable[[dict], None]) -> None:
+    """Start the row's process; if a cell ends it, note that and go on behind that cell."""
+    while algorithms:
+        command = [sys.executable, "-W", "ignore", __file__, "--worker", row.name, "--algorithms", *algorithms]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        lines = [line for line in done.stdout.splitlines() if line.startswith('{"row"')]
+        cells = [json.loads(line) for line in lines]
+        for cell in cells:
+            save(cell)
+        algorithms = algorithms[len(cells) :]
+        if algorithms and done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1][:200]
+            why = f"its process ended with {done.returncode}: {last}"
+            save({"row": row.name, "algorithm": algorithms.pop(0), "why": why, "seconds": None})
+
+
+########
+# Table
+########
+
+
+def read_cells() -> dict[tuple[str, str], dict]:
+    """The newest result of each cell."""
+    if not CELLS.exists():
+        return {}
+    cells = [json.loads(line) for line in CELLS.read_text().splitlines()]
+    return {(cell["row"], cell["algorithm"]): cell for cell in cells}
+
+
+def symbol(row: Row, algorithm: str, cells: dict) -> str:
+    """What stands in the table."""
+    cell = cells.get((row.name, algorithm))
+    if cell is None:
+        return "?"
+    if cell["why"] is None:
+        return "✓"
+    return "upstream" if cells.get((row.name, "mappo"), {}).get("why") else "**fails**"
+
+
+def table(all_rows: list[Row], cells: dict) -> str:
+    """The whole page."""
+    lines = ["| task or model | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for row in all_rows:
+        lines.append(f"| {row.name} | " + " | ".join(symbol(row, algorithm, cells) for algorithm in COLUMNS) + " |")
+    shown = [symbol(row, algorithm, cells) for row in all_rows for algorithm in COLUMNS]
+    counts = f"{len(shown)} cells: {shown.count('✓')} pass, {shown.count('upstream')} fail with MAPPO too, "
+    counts += f"{shown.count('**fails**')} fail with ours alone, {shown.count('?')} have not been run."
+    why = {
+        f"- {row.name}, {algorithm}: `{cells[row.name, algorithm]['why']}`"
+        for row in all_rows
+        for algorithm in COLUMNS
+        if cells.get((row.name, algorithm), {}).get("why")
+    }
+    engines = "\n".join(f"- {suite}: its tasks need {what}." for suite, what in NOT_ON_AN_INDEX.items())
+    head = (
+        "# Where the algorithms run\n\nWritten by `make matrix`, see `tests/matrix.py` for what a cell is. *upstream*: "
+    )
+    head += (
+        "BenchMARL's MAPPO fails there as well. *specs only*: an environment with the suite's specs stands in for it."
+    )
+    reasons = "\n".join(["## What went wrong", "", *sorted(why)]) + "\n" if why else ""
+    return f"{head}\n\n{counts}\n\n{engines}\n\n" + "\n".join(lines) + "\n" + (f"\n{reasons}" if reasons else "")
+
+
+def main() -> None:
+    """Run what is missing, then write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", default=[""], metavar="WORD", help="rows whose names contain one of these")
+    parser.add_argument("--algorithms", nargs="+", default=COLUMNS, choices=COLUMNS, metavar="NAME")
+    parser.add_argument("--again", action="store_true", help="run also what has been run")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--worker", metavar="ROW", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    all_rows = rows()
+    if args.worker:
+        work(next(row for row in all_rows if row.name == args.worker), args.algorithms)
+        return
+    CELLS.parent.mkdir(parents=True, exist_ok=True)
+    cells = {} if args.again else read_cells()
+    chosen = [row for row in all_rows if any(word in row.name for word in args.rows)]
+    missing = {row.name: [a for a in args.algorithms if (row.name, a) not in cells] for row in chosen}
+
+    def save(cell: dict) -> None:
+        with CELLS.open("a") as file:
+            file.write(json.dumps(cell) + "\n")
+        print(f"{cell['row']:<45} {cell['algorithm']:<12} {cell['why'] or 'pass'}", flush=True)
+
+    with ThreadPoolExecutor(args.processes) as pool:
+        list(pool.map(lambda row: run_row(row, missing[row.name], save), chosen))
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text(table(all_rows, read_cells()))
+    print(f"\nWrote {TABLE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""A diagonal of the matrix: every row, and every algorithm in turn. ``make matrix`` runs all cells."""
+
+import pytest
+from matrix import COLUMNS, read_cells, rows, run_cell, run_row, table
+
+ROWS = rows()
+OURS = COLUMNS[1:]
+DIAGONAL = [(row, OURS[k % len(OURS)]) for k, row in enumerate(ROWS)]
+
+
+@pytest.mark.filterwarnings("ignore:PettingZoo failed to load all", "ignore:.* environments failed to load")
+@pytest.mark.parametrize(("row", "algorithm"), DIAGONAL, ids=[f"{row.name}-{name}" for row, name in DIAGONAL])
+def test_diagonal(row, algorithm, tmp_path):
+    suite = {"pettingzoo": "pettingzoo", "magent": "magent2"}.get(row.name.split("/")[0])
+    if suite:
+        pytest.importorskip(suite)
+    run_cell(row, algorithm, str(tmp_path))
+
+
+def test_the_diagonal_has_every_algorithm():
+    assert {algorithm for _, algorithm in DIAGONAL} == set(OURS)
+
+
+def test_a_row_in_its_process_and_the_table(tmp_path, monkeypatch):
+    row = next(row for row in ROWS if row.name == "vmas/balance discrete")
+    cells = []
+    run_row(row, ["mappo", "gpae"], cells.append)
+    assert [(cell["row"], cell["algorithm"], cell["why"]) for cell in cells] == [
+        (row.name, "mappo", None),
+        (row.name, "gpae", None),
+    ]
+    failed = {"row": row.name, "algorithm": "mars", "why": "ValueError: no", "seconds": 1}
+    known = {(cell["row"], cell["algorithm"]): cell for cell in [*cells, failed]}
+    page = table([row], known)
+    assert f"{len(COLUMNS)} cells: 2 pass, 0 fail with MAPPO too, 1 fail with ours alone" in page
+    assert "- vmas/balance discrete, mars: `ValueError: no`" in page
+    known[row.name, "mappo"] = failed | {"algorithm": "mappo"}
+    assert "2 fail with MAPPO too, 0 fail with ours alone" in table([row], known)
+    monkeypatch.setattr("matrix.CELLS", tmp_path / "cells.jsonl")
+    assert read_cells() == {}
