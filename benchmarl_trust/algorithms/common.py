@@ -16,7 +16,7 @@ from torchrl.objectives import LossModule, ValueEstimators
 
 from benchmarl_trust import functional as F
 from benchmarl_trust.algorithms.guard import FiniteGuard, own_callback
-from benchmarl_trust.algorithms.resume import ResumeState
+from benchmarl_trust.algorithms.resume import LatestCheckpoint, ResumeState
 from benchmarl_trust.losses import SurrogateLoss
 from benchmarl_trust.paths import conf_folder
 
@@ -60,6 +60,7 @@ class TrustRegion(Mappo):
         self.normalize_advantage = normalize_advantage
         self.guard = FiniteGuard.of(self.experiment)
         self.resume_state = ResumeState.of(self.experiment)
+        LatestCheckpoint.of(self.experiment)
 
     def _get_loss(self, group: str, policy_for_loss: TensorDictModule, continuous: bool) -> tuple[LossModule, bool]:
         loss = self.loss_class(

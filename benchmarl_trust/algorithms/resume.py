@@ -1,5 +1,6 @@
-"""What BenchMARL's checkpoints lack for an exact continuation."""
+"""What BenchMARL's checkpoints lack: an exact continuation, and a file that is whole at any moment."""
 
+import os
 import random
 from typing import Any
 
@@ -77,6 +78,28 @@ class ResumeState(Callback):
         if self._random_state is not None:
             _set_random_state(self._random_state)
             self._random_state = None
+
+
+class LatestCheckpoint(Callback):
+    """Keeps the newest checkpoint in ``checkpoints/latest.pt`` too, which is whole at any moment.
+
+    BenchMARL writes a checkpoint in place, and with ``experiment.keep_checkpoints_num`` it deletes the oldest one
+    first: a run that is killed meanwhile may leave nothing but half a file. This file is written under another name and
+    then takes its place in one step. It must be the last callback, so that the entries of all others are in it.
+    """
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> "LatestCheckpoint":
+        """The experiment's own. The first call adds it."""
+        return own_callback(experiment, cls)
+
+    def on_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Write the file, if the state is asked for by a run that has checkpoints: it has made their folder."""
+        folder = self.experiment.folder_name / "checkpoints"
+        if folder.is_dir():
+            part = folder / "latest.pt.part"
+            torch.save(state_dict, part)
+            os.replace(part, folder / "latest.pt")
 
 
 def _load(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from benchmarl.experiment import Experiment
 from cases import CASES
 
 from benchmarl_trust import HappoConfig, MarsConfig
@@ -93,6 +94,46 @@ def test_a_checkpoint_of_another_algorithm_is_named(make_experiment):
     state = make_experiment(HappoConfig.get_from_yaml()).state_dict()
     with pytest.raises(ValueError, match="of another algorithm"):
         make_experiment(MarsConfig.get_from_yaml()).load_state_dict(state)
+
+
+class _KilledError(Exception):
+    """What a kill is to a process."""
+
+
+@pytest.mark.parametrize("moment", ["in place", "latest"])
+def test_a_whole_checkpoint_survives_a_kill_while_one_is_written(moment, make_experiment, monkeypatch):
+    """BenchMARL keeps one checkpoint here, and deletes it before it writes the next: half a file is left."""
+    experiment = make_experiment(
+        MarsConfig.get_from_yaml(), max_n_iters=4, checkpoint_interval=40, keep_checkpoints_num=1, evaluation=False
+    )
+    save, saved = torch.save, []
+
+    def save_or_die(state, file):
+        save(state, file)
+        saved.append(str(file))
+        if len(saved) >= 5 and ("latest" in str(file)) == (moment == "latest"):
+            file.write_bytes(file.read_bytes()[:1000])
+            raise _KilledError
+
+    monkeypatch.setattr(torch, "save", save_or_die)
+    with pytest.raises(_KilledError):
+        experiment.run()
+    monkeypatch.undo()
+    folder = experiment.folder_name / "checkpoints"
+    broken = folder / ("latest.pt.part" if moment == "latest" else "checkpoint_120.pt")
+    with pytest.raises(RuntimeError, match="zip"):
+        torch.load(broken)
+    resumed = Experiment.reload_from_file(str(folder / "latest.pt"))
+    assert resumed.n_iters_performed == (2 if moment == "latest" else 3)
+    resumed.run()
+    assert resumed.n_iters_performed == 4
+    assert {file.name for file in folder.iterdir()} >= {"latest.pt", "checkpoint_160.pt"}
+
+
+def test_a_state_asked_for_without_checkpoints_writes_nothing(make_experiment):
+    experiment = make_experiment(MarsConfig.get_from_yaml())
+    experiment.state_dict()
+    assert not (experiment.folder_name / "checkpoints").exists()
 
 
 def test_slices_stay_slices_after_loading(make_experiment, tmp_path):
