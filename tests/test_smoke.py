@@ -164,7 +164,7 @@ def test_ensemble_trains_the_critic_it_reads(case, make_experiment):
     assert inner.get_loss_and_updater("adversary")[0] is experiment.losses["adversary"]
 
 
-@all_cases
+@main_cases
 def test_learns(case, run):
     """Agents are paid for the action that they are shown: after 60 small iterations most of them know it."""
     experiment = run(

@@ -154,7 +154,7 @@ def test_own_callbacks_once_at_the_end_and_the_list_of_the_user_untouched(make_e
 
     from benchmarl_trust.algorithms.common import RatioExtremes
     from benchmarl_trust.algorithms.guard import FiniteGuard
-    from benchmarl_trust.algorithms.resume import ResumeState
+    from benchmarl_trust.algorithms.resume import LatestCheckpoint, ResumeState
 
     task = VmasTask.SIMPLE_TAG.get_from_yaml()
     mine = [Callback()]
@@ -163,7 +163,7 @@ def test_own_callbacks_once_at_the_end_and_the_list_of_the_user_untouched(make_e
         EnsembleAlgorithmConfig({"adversary": config, "agent": config}), task=task, callbacks=mine
     )
     assert len(mine) == 1
-    added = [FiniteGuard, ResumeState, RatioExtremes]
+    added = [FiniteGuard, ResumeState, LatestCheckpoint, RatioExtremes]
     assert [type(callback) for callback in experiment.callbacks] == [Callback, *added]
     # A list that is passed on to a second experiment brings it no callback of the first.
     first, second = SimpleNamespace(callbacks=mine), SimpleNamespace()

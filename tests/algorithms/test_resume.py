@@ -32,8 +32,7 @@ def draws():
 
 
 @all_cases
-@pytest.mark.parametrize("share", [True, False], ids=["shared", "separate"])
-@pytest.mark.parametrize("recurrent", [False, True], ids=["mlp", "gru"])
+@pytest.mark.parametrize(("share", "recurrent"), [(False, False), (True, True)], ids=["separate-mlp", "shared-gru"])
 def test_resume_is_exact(case, share, recurrent, make_experiment, tmp_path):
     from test_smoke import MODELS
 
