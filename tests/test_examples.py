@@ -72,7 +72,7 @@ def test_advantage_gap(tmp_path):
 
 def test_truncation(tmp_path):
     picture = tmp_path / "truncation.png"
-    settings = ("--seeds", 0, "--frames", 600, "--rollouts", 2, "--etas", 1.0, "--truncations", "dt", "none")
+    settings = ("--seeds", 0, "--frames", 400, "--rollouts", 2, "--etas", 1.0, "--truncations", "dt", "none")
     output = python(EXAMPLES / "truncation.py", *settings, "--out", picture, "--override", *SMALL)
     traces = {
         line.split()[0]: float(line.split()[-1]) for line in output.splitlines() if line.startswith(("dt", "none"))

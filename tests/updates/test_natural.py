@@ -125,8 +125,9 @@ class Dense:
         return torch.stack([self._derivative(entry, retain_graph=True) for entry in slope])
 
 
-@pytest.mark.parametrize("absent", [False, True], ids=["all present", "some absent"])
-@pytest.mark.parametrize("twin", [True, False], ids=["twin", "whole"])
+@pytest.mark.parametrize(
+    ("twin", "absent"), [(True, False), (False, True)], ids=["twin-all present", "whole-some absent"]
+)
 @pytest.mark.parametrize(("model", "distribution"), CASES)
 def test_product_solution_and_step_equal_the_dense_ones(model, distribution, twin, absent):
     problem, oracle = (make_problem(model, distribution, twin=kind, rows=8) for kind in (twin, False))
@@ -319,7 +320,7 @@ def test_a_rejected_step_reports_zeros_and_restores():
 @pytest.mark.parametrize("model", ["mlp", "gru", "gnn"])
 def test_shared_policies_bound_the_joint_kl_from_the_old_policies(model, aligned):
     """Even if all agents want the same, which makes steps on one network add up."""
-    for kind in range(5):
+    for kind in range(5) if model == "mlp" else (0, 2):
         problem = make_problem(model, "normal", shared=True)
         assert problem.group.shared
         agents = remembered(problem)
