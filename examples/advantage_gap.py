@@ -17,8 +17,13 @@ Then a VMAS task: both algorithms train as usual, and then act for one batch wit
 nothing was replaced and a culprit is named at random, and how often the culprit has the lowest advantage of the team.
 
     OMP_NUM_THREADS=1 python examples/advantage_gap.py
+    OMP_NUM_THREADS=1 python examples/advantage_gap.py --seeds 0 1 --override 'model.num_cells=[64,64]'
 
-takes about ten minutes on one CPU core, prints two tables and draws the gaps. Matplotlib is needed.
+The second command takes five minutes on one CPU core. Both print two tables and draw the gaps. Matplotlib is needed.
+
+Found by the second: in the game ΔA is 1.4999 ± .0002. On dispersion a single random action costs little, and ΔA is
+.0034 ± .0015 standard deviations; but the culprit has the lowest advantage of the four agents in 32 % of the steps, and
+in 25 % where nothing was replaced. MAPPO's gap is 0 throughout.
 """
 
 import argparse
