@@ -58,6 +58,9 @@ MODELS = {
     "gru": lambda: GruConfig(**RNN),
     "lstm": lambda: LstmConfig(**RNN),
     "gnn": gnn,
+    "gru-mlp": lambda: SequenceModelConfig(
+        model_configs=[GruConfig(**RNN), MlpConfig(num_cells=[4], **LAYERS)], intermediate_sizes=[5]
+    ),
 }
 
 
@@ -100,7 +103,7 @@ def test_balance(case, continuous, share, run):
 
 
 @main_cases
-@pytest.mark.parametrize("model", sorted(MODELS))
+@pytest.mark.parametrize("model", ["gnn", "gru"])  # others in the matrix
 def test_models(case, model, run):
     check_trained(case, run(case.config(), model=MODELS[model](), critic=MODELS[model]()))
 
