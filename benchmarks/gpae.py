@@ -18,30 +18,12 @@ from collections.abc import Callable
 
 import torch
 from benchmarl.algorithms import MappoConfig
-from benchmarl.environments import VmasTask
-from benchmarl.experiment import Experiment, ExperimentConfig
-from benchmarl.models.mlp import MlpConfig
+from benchmarl.experiment import Experiment
+from sequential_update import ENVIRONMENTS, MINIBATCH, STEPS, make_experiment
 from torchrl.objectives.value.functional import vec_generalized_advantage_estimate
 
 from benchmarl_trust import GpaeConfig
 from benchmarl_trust.functional import per_agent_advantage, trace_coefficient
-
-MINIBATCH, ENVIRONMENTS, STEPS = 400, 60, 100
-
-
-def make_experiment(algorithm, n_agents: int, share: bool, epochs: int, device: str, folder: str) -> Experiment:
-    """An experiment that has collected nothing yet."""
-    config = ExperimentConfig.get_from_yaml()
-    config.sampling_device = config.train_device = config.buffer_device = device
-    config.share_policy_params = share
-    config.on_policy_collected_frames_per_batch = ENVIRONMENTS * STEPS
-    config.on_policy_n_envs_per_worker = ENVIRONMENTS
-    config.on_policy_n_minibatch_iters, config.on_policy_minibatch_size = epochs, MINIBATCH
-    config.evaluation, config.loggers, config.create_json = False, [], False
-    config.save_folder = folder
-    task = VmasTask.BALANCE.get_from_yaml()
-    task.config.update(n_agents=n_agents, max_steps=STEPS)
-    return Experiment(task, algorithm, MlpConfig.get_from_yaml(), seed=0, config=config)
 
 
 def train(experiment: Experiment, batch, epochs: int, synchronize: Callable) -> tuple[float, float]:
@@ -66,7 +48,7 @@ def compare(n_agents: int, args: argparse.Namespace) -> dict[str, tuple[float, f
     algorithms = {"gpae": gpae, "separate": separate, "shared": shared}
     with tempfile.TemporaryDirectory() as folder:
         experiments = {
-            name: make_experiment(algorithm, n_agents, args.share, args.epochs, args.device, folder)
+            name: make_experiment(algorithm, n_agents, args.device, folder, args.share, args.epochs)
             for name, algorithm in algorithms.items()
         }
         batch = next(iter(experiments["gpae"].collector)).exclude(

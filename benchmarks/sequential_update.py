@@ -31,14 +31,16 @@ from benchmarl_trust import HappoConfig
 EPOCHS, MINIBATCH, ENVIRONMENTS, STEPS, EPSILON = 15, 400, 60, 100, 0.2
 
 
-def make_experiment(algorithm, n_agents: int, device: str, folder: str) -> Experiment:
+def make_experiment(
+    algorithm, n_agents: int, device: str, folder: str, share: bool = False, epochs: int = EPOCHS
+) -> Experiment:
     """An experiment that has collected nothing yet."""
     config = ExperimentConfig.get_from_yaml()
     config.sampling_device = config.train_device = config.buffer_device = device
-    config.share_policy_params = False
+    config.share_policy_params = share
     config.on_policy_collected_frames_per_batch = ENVIRONMENTS * STEPS
     config.on_policy_n_envs_per_worker = ENVIRONMENTS
-    config.on_policy_n_minibatch_iters, config.on_policy_minibatch_size = EPOCHS, MINIBATCH
+    config.on_policy_n_minibatch_iters, config.on_policy_minibatch_size = epochs, MINIBATCH
     config.evaluation, config.loggers, config.create_json = False, [], False
     config.save_folder = folder
     task = VmasTask.BALANCE.get_from_yaml()

@@ -26,10 +26,10 @@ from benchmarl.algorithms import MappoConfig
 from benchmarl.algorithms.common import AlgorithmConfig
 from benchmarl.environments import TaskClass, task_config_registry
 from benchmarl.experiment import Experiment, ExperimentConfig
-from benchmarl.models import CnnConfig, DeepsetsConfig, GnnConfig, GruConfig, LstmConfig, MlpConfig
-from benchmarl.models.common import ModelConfig, SequenceModelConfig
+from benchmarl.models import CnnConfig, DeepsetsConfig, GruConfig, LstmConfig
+from benchmarl.models.common import ModelConfig
 from environments import StandInTask
-from torch import nn
+from problems import CNN, RNN, SETS, gnn, mlp, sequence
 
 from benchmarl_trust import ALGORITHMS
 
@@ -39,23 +39,6 @@ CELLS, TABLE = ROOT / "outputs" / "matrix" / "cells.jsonl", ROOT / "docs" / "mat
 LIMIT = 300
 COLUMNS = ["mappo", *ALGORITHMS]
 
-LAYERS = {"activation_class": nn.Tanh, "layer_class": nn.Linear}
-MLP = {"mlp_num_cells": [4], "mlp_activation_class": nn.Tanh, "mlp_layer_class": nn.Linear}
-RNN = {"hidden_size": 6, "n_layers": 1, "bias": True, "dropout": 0, "compile": False} | MLP
-CNN = {
-    "cnn_num_cells": [3],
-    "cnn_kernel_sizes": 3,
-    "cnn_strides": 1,
-    "cnn_paddings": 0,
-    "cnn_activation_class": nn.Tanh,
-}
-SETS = {"aggr": "sum", "out_features_local_nn": 6, "local_nn_num_cells": [5], "global_nn_num_cells": [5]}
-SETS |= {"local_nn_activation_class": nn.Tanh, "global_nn_activation_class": nn.Tanh}
-
-
-def mlp(*cells: int) -> MlpConfig:
-    return MlpConfig(num_cells=list(cells), **LAYERS)
-
 
 def numbers() -> ModelConfig:
     """A model of observations that are vectors."""
@@ -64,17 +47,7 @@ def numbers() -> ModelConfig:
 
 def images() -> ModelConfig:
     """A model of observations that are images."""
-    return CnnConfig(**CNN, **MLP)
-
-
-def gnn() -> GnnConfig:
-    from torch_geometric.nn.conv import GATv2Conv
-
-    return GnnConfig(topology="full", self_loops=True, gnn_class=GATv2Conv)
-
-
-def sequence(*configs: ModelConfig) -> SequenceModelConfig:
-    return SequenceModelConfig(list(configs), [5] * (len(configs) - 1))
+    return CnnConfig(**CNN)
 
 
 class Model(NamedTuple):

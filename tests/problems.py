@@ -28,25 +28,33 @@ CNN |= {"cnn_activation_class": nn.Tanh, "mlp_num_cells": [4], "mlp_activation_c
 CNN |= {"mlp_layer_class": nn.Linear}
 
 
-def _mlp(*cells):
-    return MlpConfig(num_cells=list(cells), **LAYERS)
+SETS = {"aggr": "sum", "out_features_local_nn": 6, "local_nn_num_cells": [5], "global_nn_num_cells": [5]}
+SETS |= {"local_nn_activation_class": nn.Tanh, "global_nn_activation_class": nn.Tanh}
 
 
-def _gnn():
+def mlp(*cells, **kwargs):
+    return MlpConfig(num_cells=list(cells), **LAYERS, **kwargs)
+
+
+def gnn():
     from torch_geometric.nn.conv import GATv2Conv
 
     return GnnConfig(topology="full", self_loops=True, gnn_class=GATv2Conv)
 
 
+def sequence(*configs):
+    return SequenceModelConfig(list(configs), [6] * (len(configs) - 1))
+
+
 MODELS = {
-    "mlp": lambda: _mlp(8, 8),
+    "mlp": lambda: mlp(8, 8),
     "gru": lambda: GruConfig(**RNN),
     "lstm": lambda: LstmConfig(**RNN),
     "cnn": lambda: CnnConfig(**CNN),
-    "gru-mlp": lambda: SequenceModelConfig([GruConfig(**RNN), _mlp(4)], [5]),
-    "gnn": _gnn,
-    "gnn-mlp": lambda: SequenceModelConfig([_gnn(), _mlp(4)], [5]),
-    "mlp-gnn-mlp": lambda: SequenceModelConfig([_mlp(8), _gnn(), _mlp(4)], [5, 3]),
+    "gru-mlp": lambda: SequenceModelConfig([GruConfig(**RNN), mlp(4)], [5]),
+    "gnn": gnn,
+    "gnn-mlp": lambda: SequenceModelConfig([gnn(), mlp(4)], [5]),
+    "mlp-gnn-mlp": lambda: SequenceModelConfig([mlp(8), gnn(), mlp(4)], [5, 3]),
 }
 RECURRENT = ("gru", "lstm", "gru-mlp")
 

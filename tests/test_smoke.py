@@ -13,29 +13,8 @@ from benchmarl.models.common import SequenceModelConfig
 from cases import CASES, POSITIONS
 from conftest import policy_parameters, scalars
 from environments import StandInTask
-from torch import nn
+from problems import CNN, LAYERS, RNN
 
-LAYERS = {"activation_class": nn.Tanh, "layer_class": nn.Linear}
-RNN = {
-    "hidden_size": 6,
-    "n_layers": 1,
-    "bias": True,
-    "dropout": 0,
-    "compile": False,
-    "mlp_num_cells": [4],
-    "mlp_activation_class": nn.Tanh,
-    "mlp_layer_class": nn.Linear,
-}
-CNN = {
-    "cnn_num_cells": [3],
-    "cnn_kernel_sizes": 3,
-    "cnn_strides": 1,
-    "cnn_paddings": 0,
-    "cnn_activation_class": nn.Tanh,
-    "mlp_num_cells": [4],
-    "mlp_activation_class": nn.Tanh,
-    "mlp_layer_class": nn.Linear,
-}
 all_cases = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
 #: Where a setting of an algorithm makes no difference: one case each, and off-policy GPAE, whose batches differ.
 MAIN = [case for case in CASES if not case.overrides or case.name == "gpae"]

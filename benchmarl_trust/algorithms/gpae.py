@@ -316,7 +316,7 @@ def _advantage_metrics(advantage: Tensor, mask: Tensor | None) -> dict[str, Tens
     n_agents = advantage.shape[-1]
     flat = advantage.reshape(-1, n_agents).double()
     present = torch.ones_like(flat) if mask is None else mask.reshape(-1, n_agents).double()
-    mean = _mean_of_each(flat, None if mask is None else present.bool())
+    mean = _mean_of_each(flat, mask)
     centred = (flat - mean) * present
     std = (centred.square().sum(0) / present.sum(0).clamp(min=1)).sqrt()
     metrics = _each_and_mean("advantage_mean", mean) | _each_and_mean("advantage_std", std)

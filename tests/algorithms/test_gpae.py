@@ -5,13 +5,12 @@ import torch
 from benchmarl.algorithms import EnsembleAlgorithmConfig, MappoConfig
 from benchmarl.environments import VmasTask
 from benchmarl.experiment import Experiment
-from benchmarl.models import CnnConfig, DeepsetsConfig, GnnConfig, GruConfig, LstmConfig, MlpConfig
-from benchmarl.models.common import EnsembleModelConfig, SequenceModelConfig
+from benchmarl.models import CnnConfig, DeepsetsConfig, GruConfig, LstmConfig
+from benchmarl.models.common import EnsembleModelConfig
 from conftest import scalars
 from environments import StandInTask
-from problems import CNN, LAYERS, RNN
+from problems import CNN, RNN, SETS, gnn, mlp, sequence
 from tensordict import TensorDict
-from torch import nn
 from torchrl.data import Categorical, Composite, Unbounded
 
 from benchmarl_trust import GpaeConfig
@@ -19,23 +18,6 @@ from benchmarl_trust import functional as F
 from benchmarl_trust.algorithms.gpae import counterfactual_critic
 
 N, OBS, KINDS, DIMS = 3, 4, 5, 2
-SETS = {"aggr": "sum", "out_features_local_nn": 6, "local_nn_num_cells": [5], "global_nn_num_cells": [5]}
-SETS |= {"local_nn_activation_class": nn.Tanh, "global_nn_activation_class": nn.Tanh}
-
-
-def mlp(*cells, **kwargs):
-    return MlpConfig(num_cells=list(cells), **LAYERS, **kwargs)
-
-
-def gnn():
-    from torch_geometric.nn.conv import GATv2Conv
-
-    return GnnConfig(topology="full", self_loops=True, gnn_class=GATv2Conv)
-
-
-def sequence(*configs):
-    return SequenceModelConfig(list(configs), [6] * (len(configs) - 1))
-
 
 #: name -> (model, shape of an agent's observation, or of the state)
 MODELS = {
