@@ -3,6 +3,9 @@
     python -m benchmarl.run -m algorithm=mars,mappo task=vmas/balance experiment=vmas_laptop seed=0,1,2
     python examples/learning_curves.py multirun/<day>/<time>
 
+Runs of one algorithm with different settings go into a folder each; with several folders, the folder's name stands
+behind the algorithm's.
+
 For each task it draws the return over the collected frames for every algorithm: on the left the deterministic policy
 in evaluation (JSON), on the right the stochastic policy in collection (CSV); lines are means over seeds, bands run
 from the worst to the best seed. The picture is written into the folder, and a table is printed: the mean over seeds of
@@ -22,15 +25,15 @@ import numpy as np
 from benchmarl.eval_results import get_raw_dict_from_multirun_folder
 from matplotlib.ticker import EngFormatter
 
-Curves = dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]]  # task -> algorithm -> (frames, return) by seed
+Curves = dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]]  # env/task -> algorithm -> (frames, return) by seed
 
 
 def check_runs(folder: Path) -> None:
     """Refuse a folder in which a run was made twice: merging BenchMARL's reports would keep one of the two."""
     seen: dict[tuple, Path] = {}
     for file in sorted(folder.rglob("*.json")):
-        for tasks in json.loads(file.read_text()).values():
-            runs = [(t, a, s) for t, algorithms in tasks.items() for a, seeds in algorithms.items() for s in seeds]
+        for env, tasks in json.loads(file.read_text()).items():
+            runs = [(env, t, a, s) for t, names in tasks.items() for a, seeds in names.items() for s in seeds]
             for run in runs:
                 if run in seen:
                     raise SystemExit(f"{' '.join(run)} is there twice: {seen[run]} and {file}. Name one multirun.")
@@ -40,7 +43,7 @@ def check_runs(folder: Path) -> None:
 def evaluation_curves(folder: Path) -> Curves:
     """The mean return of each evaluation, from BenchMARL's JSON reports."""
     curves: Curves = {}
-    for tasks in get_raw_dict_from_multirun_folder(str(folder)).values():
+    for env, tasks in get_raw_dict_from_multirun_folder(str(folder)).items():
         for task, algorithms in tasks.items():
             for algorithm, seeds in algorithms.items():
                 for report in seeds.values():
@@ -51,7 +54,7 @@ def evaluation_curves(folder: Path) -> Curves:
                     )
                     if steps:
                         frames, values = np.array(steps).T
-                        curves.setdefault(task, {}).setdefault(algorithm, []).append((frames, values))
+                        curves.setdefault(f"{env}/{task}", {}).setdefault(algorithm, []).append((frames, values))
     return curves
 
 
@@ -62,13 +65,25 @@ def collection_curves(folder: Path) -> Curves:
         report = next(file.parents[2].glob("*.json"), None)
         if report is None:
             continue  # a run that has not been evaluated yet
-        ((_, tasks),) = get_raw_dict_from_multirun_folder(str(report.parent)).items()
+        ((env, tasks),) = get_raw_dict_from_multirun_folder(str(report.parent)).items()
         ((task, algorithms),) = tasks.items()
         (algorithm,) = algorithms
         frames = dict(_read(file.with_name("counters_total_frames.csv")))
         points = [(frames[step], value) for step, value in _read(file) if step in frames]
-        curves.setdefault(task, {}).setdefault(algorithm, []).append(tuple(np.array(points).T))
+        curves.setdefault(f"{env}/{task}", {}).setdefault(algorithm, []).append(tuple(np.array(points).T))
     return curves
+
+
+def side_by_side(curves: dict[str, Curves]) -> Curves:
+    """The curves of several folders in one, each algorithm with the name of its folder."""
+    if len(curves) == 1:
+        return next(iter(curves.values()))
+    merged: Curves = {}
+    for folder, tasks in curves.items():
+        for task, algorithms in tasks.items():
+            named = {f"{algorithm}, {folder}": seeds for algorithm, seeds in algorithms.items()}
+            merged.setdefault(task, {}).update(named)
+    return merged
 
 
 def _read(file: Path) -> list[tuple[int, float]]:
@@ -96,7 +111,9 @@ def draw(evaluation: Curves, collection: Curves, path: Path) -> None:
 
 def table(curves: Curves) -> str:
     """Last return and area under the curve, mean and standard deviation over seeds."""
-    lines = [f"{'task':<14}{'algorithm':<14}{'seeds':>5}{'last return':>20}{'area under curve':>20}"]
+    names = {name for algorithms in curves.values() for name in algorithms}
+    first, second = (max(map(len, words)) + 2 for words in ({"task", *curves}, {"algorithm", *names}))
+    lines = [f"{'task':<{first}}{'algorithm':<{second}}{'seeds':>5}{'last return':>20}{'area under curve':>20}"]
     for task, algorithms in sorted(curves.items()):
         for algorithm, seeds in sorted(algorithms.items()):
             last = [values[-1] for _, values in seeds]
@@ -104,25 +121,35 @@ def table(curves: Curves) -> str:
                 np.trapezoid(values, frames) / (frames[-1] - frames[0]) for frames, values in seeds if len(frames) > 1
             ]
             cells = "".join(f"{np.mean(x):>12.2f} ± {np.std(x):<5.2f}" if x else f"{'-':>20}" for x in (last, area))
-            lines.append(f"{task:<14}{algorithm:<14}{len(seeds):>5}{cells}")
+            lines.append(f"{task:<{first}}{algorithm:<{second}}{len(seeds):>5}{cells}")
     return "\n".join(lines)
 
 
 def main() -> None:
     """Read, draw, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="a folder with BenchMARL runs below it, such as a Hydra multirun's")
-    parser.add_argument("--output", type=Path, help="the picture; <folder>/learning_curves.png by default")
+    parser.add_argument(
+        "folders",
+        type=Path,
+        nargs="+",
+        metavar="folder",
+        help="a folder with BenchMARL runs below it, such as a Hydra multirun's",
+    )
+    parser.add_argument("--output", type=Path, help="the picture; learning_curves.png in the first folder by default")
     arguments = parser.parse_args()
-    check_runs(arguments.folder)
-    evaluation = evaluation_curves(arguments.folder)
+    folders = {folder.resolve().name: folder for folder in arguments.folders}
+    if len(folders) < len(arguments.folders):
+        parser.error("the folders must have different names, which stand behind those of the algorithms")
+    for folder in folders.values():
+        check_runs(folder)
+    evaluation = side_by_side({name: evaluation_curves(folder) for name, folder in folders.items()})
     if not evaluation:
         parser.error(
-            f"no evaluation in the BenchMARL reports (*.json) below {arguments.folder}: run with "
+            f"no evaluation in the BenchMARL reports (*.json) below {', '.join(map(str, arguments.folders))}: run with "
             "experiment.create_json=True and experiment.evaluation=True"
         )
-    path = (arguments.output or arguments.folder / "learning_curves.png").resolve()
-    draw(evaluation, collection_curves(arguments.folder), path)
+    path = (arguments.output or arguments.folders[0] / "learning_curves.png").resolve()
+    draw(evaluation, side_by_side({name: collection_curves(folder) for name, folder in folders.items()}), path)
     print(table(evaluation))
     print(f"\nLearning curves: {path}")
 

@@ -5,7 +5,7 @@
 
 A cell is one algorithm on one row: an iteration of 40 frames and one evaluation, episodes cut to 5 steps where the task
 has a setting for it. It passes if all parameters are finite afterwards. Each row runs in a process of its own. What a
-cell gave is appended to outputs/matrix/cells.jsonl, and is not run again by the next call (--again runs all).
+cell gave is appended to outputs/matrix/cells.jsonl; the next call runs what has not passed yet (--again runs all).
 """
 
 import argparse
@@ -72,6 +72,12 @@ STAND_INS = {
     "smacv2 (specs only)": lambda: StandInTask(mask=True, state=True, absent=True),
     "meltingpot (specs only)": lambda: StandInTask(rgb=True),
 }
+#: Groups of unlike agents that are paid alike, by task; the others of a task are outside the team.
+TEAMS = {
+    "simple_speaker_listener": [["speaker", "listener"]],
+    "simple_crypto": [["alice", "bob"]],
+    "vmas/simple_world_comm": [["lead_adversary", "adversary"]],
+}
 NOT_ON_AN_INDEX = {
     "smacv2": "StarCraft II, a binary of its own",
     "meltingpot": "dmlab2d, which dm-meltingpot builds on and which has no wheels for current Pythons",
@@ -86,7 +92,12 @@ class Row(NamedTuple):
     model: Callable[[], ModelConfig]
     critic: Callable[[], ModelConfig] | None = None
     settings: dict = {}  # noqa: RUF012
-    overrides: dict = {}  # noqa: RUF012
+    teams: list[list[str]] | None = None
+
+    @property
+    def algorithms(self) -> list[str]:
+        """The row's columns: MAPPO, to compare with, and ours; in a row with teams, those of ours that have teams."""
+        return [name for name in COLUMNS if name == "mappo" or not self.teams or hasattr(ALGORITHMS[name], "teams")]
 
 
 def cut(task: TaskClass) -> TaskClass:
@@ -114,8 +125,8 @@ def rows() -> list[Row]:
         for kind in (kind for kind, can in kinds.items() if can):
             settings = {"prefer_continuous_actions": kind == "continuous"}
             out.append(Row(f"{name} {kind}", make, model, settings=settings))
-            if name.endswith("simple_speaker_listener"):
-                out.append(Row(f"{name} {kind} teams", make, model, settings=settings, overrides={"teams": "all"}))
+            for team in (team for word, team in TEAMS.items() if name.endswith(word)):
+                out.append(Row(f"{name} {kind} teams", make, model, settings=settings, teams=team))
     for name, make in STAND_INS.items():
         out.append(Row(name, make, images if "meltingpot" in name else numbers))
     for name, model in MODELS.items():
@@ -146,22 +157,25 @@ def make_config(folder: str, **settings) -> ExperimentConfig:
     return config
 
 
-def make_algorithm(name: str, row: Row, task: TaskClass) -> AlgorithmConfig:
-    """The algorithm with the row's settings, where it has them."""
-    config = (MappoConfig if name == "mappo" else ALGORITHMS[name]).get_from_yaml()
-    if row.overrides.get("teams") == "all" and hasattr(config, "teams"):
-        env = task.get_env_fun(1, True, 0, "cpu")()
-        config.teams = [list(task.group_map(env))]
+def make_algorithm(name: str, row: Row) -> AlgorithmConfig:
+    """The algorithm with the row's teams, where it has teams."""
+    if name == "mappo":
+        return MappoConfig.get_from_yaml()
+    config = ALGORITHMS[name].get_from_yaml()
+    if row.teams:
+        config.teams = row.teams
     return config
 
 
 def run_cell(row: Row, algorithm: str, folder: str) -> None:
     """Run it; raises what went wrong."""
-    task = row.task()
-    critic = row.critic() if row.critic else None
-    config = make_config(folder, **row.settings)
     experiment = Experiment(
-        task, make_algorithm(algorithm, row, task), row.model(), seed=0, config=config, critic_model_config=critic
+        row.task(),
+        make_algorithm(algorithm, row),
+        row.model(),
+        seed=0,
+        config=make_config(folder, **row.settings),
+        critic_model_config=row.critic() if row.critic else None,
     )
     experiment.run()
     for loss in experiment.losses.values():
@@ -227,6 +241,8 @@ def read_cells() -> dict[tuple[str, str], dict]:
 
 def symbol(row: Row, algorithm: str, cells: dict) -> str:
     """What stands in the table."""
+    if algorithm not in row.algorithms:
+        return "–"
     cell = cells.get((row.name, algorithm))
     if cell is None:
         return "?"
@@ -241,7 +257,8 @@ def table(all_rows: list[Row], cells: dict) -> str:
     for row in all_rows:
         lines.append(f"| {row.name} | " + " | ".join(symbol(row, algorithm, cells) for algorithm in COLUMNS) + " |")
     shown = [symbol(row, algorithm, cells) for row in all_rows for algorithm in COLUMNS]
-    counts = f"{len(shown)} cells: {shown.count('✓')} pass, {shown.count('upstream')} fail with MAPPO too, "
+    counts = f"{len(shown) - shown.count('–')} cells: {shown.count('✓')} pass, "
+    counts += f"{shown.count('upstream')} fail with MAPPO too, "
     counts += f"{shown.count('**fails**')} fail with ours alone, {shown.count('?')} have not been run."
     why = {
         f"- {row.name}, {algorithm}: `{cells[row.name, algorithm]['why']}`"
@@ -254,7 +271,8 @@ def table(all_rows: list[Row], cells: dict) -> str:
         "# Where the algorithms run\n\nWritten by `make matrix`, see `tests/matrix.py` for what a cell is. *upstream*: "
     )
     head += (
-        "BenchMARL's MAPPO fails there as well. *specs only*: an environment with the suite's specs stands in for it."
+        "BenchMARL's MAPPO fails there as well. *specs only*: an environment with the suite's specs stands in for it. "
+        "*teams*: groups that are paid alike form one team, for the algorithms that have teams."
     )
     reasons = "\n".join(["## What went wrong", "", *sorted(why)]) + "\n" if why else ""
     return f"{head}\n\n{counts}\n\n{engines}\n\n" + "\n".join(lines) + "\n" + (f"\n{reasons}" if reasons else "")
@@ -265,7 +283,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=[""], metavar="WORD", help="rows whose names contain one of these")
     parser.add_argument("--algorithms", nargs="+", default=COLUMNS, choices=COLUMNS, metavar="NAME")
-    parser.add_argument("--again", action="store_true", help="run also what has been run")
+    parser.add_argument("--again", action="store_true", help="run also what has passed")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--worker", metavar="ROW", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -274,9 +292,12 @@ def main() -> None:
         work(next(row for row in all_rows if row.name == args.worker), args.algorithms)
         return
     CELLS.parent.mkdir(parents=True, exist_ok=True)
-    cells = {} if args.again else read_cells()
+    passed = set() if args.again else {key for key, cell in read_cells().items() if cell["why"] is None}
     chosen = [row for row in all_rows if any(word in row.name for word in args.rows)]
-    missing = {row.name: [a for a in args.algorithms if (row.name, a) not in cells] for row in chosen}
+    missing = {
+        row.name: [name for name in row.algorithms if name in args.algorithms and (row.name, name) not in passed]
+        for row in chosen
+    }
 
     def save(cell: dict) -> None:
         with CELLS.open("a") as file:

@@ -1,6 +1,7 @@
 """The examples start, and the plot of learning curves reads what BenchMARL writes."""
 
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,9 +89,14 @@ def test_learning_curves(run, tmp_path):
     for seed in (0, 1):
         run(MarsConfig.get_from_yaml(), seed=seed, save_folder=str(folder))
     output = python(EXAMPLES / "learning_curves.py", folder)
-    row = next(line for line in output.splitlines() if line.startswith("balance"))
-    assert row.split()[:3] == ["balance", "mars", "2"]
+    row = next(line for line in output.splitlines() if line.startswith("vmas/balance"))
+    assert row.split()[:3] == ["vmas/balance", "mars", "2"]
     assert (folder / "learning_curves.png").stat().st_size > 10_000
+    other = shutil.copytree(folder, tmp_path / "other")
+    output = python(EXAMPLES / "learning_curves.py", folder, other)
+    rows = [line.split() for line in output.splitlines() if line.startswith("vmas/balance")]
+    assert [row[1:4] for row in rows] == [["mars,", "other", "2"], ["mars,", "runs", "2"]]
+    assert rows[0][4:] == rows[1][4:]
     run(MarsConfig.get_from_yaml(), seed=1, save_folder=str(folder))
     assert "is there twice" in python(EXAMPLES / "learning_curves.py", folder, fails=True)
     assert "no evaluation" in python(EXAMPLES / "learning_curves.py", EXAMPLES, fails=True)
