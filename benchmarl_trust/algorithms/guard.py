@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from benchmarl.experiment import Callback, Experiment
 from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 CallbackType = TypeVar("CallbackType", bound=Callback)
@@ -21,9 +22,13 @@ POLICY_PHASE = "loss_objective_"
 class FiniteGuard(Callback):
     """Refuses data that is not finite, and drops optimizer steps whose gradient is not.
 
-    Data: an observation, reward, action, log-prob or state that is NaN or infinite in the collected batch raises a
-    ``ValueError`` before any group is trained on it. Actions, log-probs and rewards of agents that ``(group, "mask")``
-    marks as absent are not looked at.
+    Data, before it is acted on: an observation that is NaN or infinite, and an action mask that allows nothing, raise a
+    ``ValueError`` in place of whatever the distribution or the environment would say. This is looked at where policies
+    run on the CPU; on a GPU it would cost a synchronisation in every step.
+
+    Data, before it is learned from: an observation, reward, action, log-prob or state that is NaN or infinite in the
+    collected batch raises a ``ValueError`` before any group is trained on it. Actions, log-probs and rewards of agents
+    that ``(group, "mask")`` marks as absent are not looked at.
 
     Numerics: BenchMARL's loop steps on any gradient. A pre-step hook on every optimizer of the experiment removes a
     gradient whose norm is not finite, so that the step changes neither parameters nor optimizer state. Dropped steps
@@ -47,7 +52,12 @@ class FiniteGuard(Callback):
         return own_callback(experiment, cls)
 
     def on_setup(self) -> None:
-        """Hook every optimizer that BenchMARL's loop steps; a policy phase sees to its own."""
+        """Hook every optimizer that BenchMARL's loop steps (a policy phase sees to its own), and the policies that act:
+        the collector has a copy where it samples on another device.
+        """
+        collector = getattr(self.experiment, "collector", None)  # there is none with collect_with_grad
+        for policy in {self.experiment.policy, getattr(collector, "policy", self.experiment.policy)}:
+            policy.register_forward_pre_hook(_check_policy_input)
         for group, optimizers in self.experiment.optimizers.items():
             for name, optimizer in optimizers.items():
                 if name.startswith(POLICY_PHASE):
@@ -127,6 +137,26 @@ def last_checkpoint(experiment: Experiment) -> str:
     if files[-1] is None:
         return "There is no checkpoint: set experiment.checkpoint_interval to have some."
     return f"The last checkpoint is {files[-1]}: resume with `python -m benchmarl.resume {files[-1]}`."
+
+
+def _check_policy_input(policy: TensorDictModuleBase, args: tuple) -> None:
+    """Raise if there is nothing to act on. Of this module and not of the guard, since policies are copied."""
+    tensordict = args[0]
+    for key in policy.in_keys:
+        value = tensordict.get(key, None)
+        if value is None or value.is_cuda:
+            continue
+        if value.is_floating_point():
+            bad, what, cure = ~value.isfinite(), "is NaN or infinite", "clamp it, or end the episode"
+        elif _path(key)[-1] == "action_mask":
+            bad, what, cure = ~value.any(-1), "allows no action", "allow one that does nothing"
+        else:
+            continue
+        if bad.any():
+            raise ValueError(
+                f"{key} {what} at index {bad.nonzero()[0].tolist()} ({int(bad.sum())} of {bad.numel()} entries), so no "
+                f"action can be chosen. This is what the environment returned: {cure} there."
+            )
 
 
 def _nonfinite(batch: TensorDictBase, key: str | tuple, value: Tensor) -> Tensor:

@@ -1,0 +1,294 @@
+"""What goes wrong in a run, one thing at a time, in every algorithm: parameters stay finite, logs stay readable."""
+
+import math
+
+import pytest
+import torch
+from benchmarl.environments import VmasTask
+from benchmarl.experiment import Callback
+from cases import CASES
+from conftest import policy_parameters, scalars
+from environments import StandIn, StandInTask
+
+MAIN = [case for case in CASES if not case.overrides or case.name == "gpae"]
+main_cases = pytest.mark.parametrize("case", MAIN, ids=[case.id for case in MAIN])
+values = pytest.mark.parametrize("value", [math.nan, math.inf])
+
+
+def check_whole(experiment, skipped=None):
+    """Parameters, optimizer states and logs are finite; so many steps were skipped in each iteration."""
+    check_parameters(experiment)
+    logged = scalars(experiment)
+    assert {name: row for name, row in logged.items() if not all(map(math.isfinite, row))} == {}
+    if skipped is not None:
+        assert logged["train_agents_skipped_steps"] == skipped
+    return logged
+
+
+def check_parameters(experiment):
+    tensors = [p for loss in experiment.losses.values() for p in loss.parameters()]
+    for optimizers in experiment.optimizers.values():
+        for optimizer in optimizers.values():
+            tensors += [moment for state in optimizer.state.values() for moment in state.values()]
+    assert all(tensor.isfinite().all() for tensor in tensors)
+
+
+def balance(**config):
+    task = VmasTask.BALANCE.get_from_yaml()
+    task.config.update({"max_steps": 5, "n_agents": 3} | config)
+    return task
+
+
+########
+# Values
+########
+
+
+class SetAdvantages(Callback):
+    """Writes into the advantages of one iteration, behind the value estimator."""
+
+    def __init__(self, value, iteration, entry=...):
+        super().__init__()
+        self.value, self.iteration, self.entry = value, iteration, entry
+
+    def on_setup(self):
+        loss = self.experiment.losses["agents"]
+        loss.value_estimator.register_forward_hook(lambda module, args, out: self.write(args[0]))
+
+    def write(self, batch):
+        if self.experiment.n_iters_performed == self.iteration:
+            batch["agents", "advantage"][self.entry] = self.value
+            self.before = policy_parameters(self.experiment)
+
+
+def check_one_bad_iteration(experiment):
+    """The second of three; the first and the last are as ever."""
+    check_parameters(experiment)
+    first, bad, last = scalars(experiment)["train_agents_skipped_steps"]
+    assert first == last == 0
+    assert bad > 0
+
+
+@main_cases
+@values
+def test_an_advantage_that_is_not_finite(case, value, run):
+    spoil = SetAdvantages(value, iteration=1, entry=(1, 2, 1))
+    check_one_bad_iteration(run(case.config(), max_n_iters=3, callbacks=[spoil]))
+
+
+@main_cases
+@values
+def test_a_gradient_that_is_not_finite(case, value, make_experiment):
+    experiment = make_experiment(case.config(), max_n_iters=3)
+    if case.sequential:
+        leaf = experiment.algorithm._policies["agents"].agents[1].parameters[0]
+    else:
+        leaf = experiment.optimizers["agents"]["loss_objective"].param_groups[0]["params"][0]
+    leaf.register_hook(lambda gradient: gradient * value if experiment.n_iters_performed == 1 else gradient)
+    experiment.run()
+    check_one_bad_iteration(experiment)
+
+
+@main_cases
+def test_advantages_that_are_all_zero_move_no_policy(case, run):
+    zero = SetAdvantages(0.0, iteration=0)
+    experiment = run(case.config(), max_n_iters=1, callbacks=[zero])
+    check_whole(experiment, [0])
+    after = policy_parameters(experiment)
+    assert all(torch.equal(after[name], value) for name, value in zero.before.items())
+
+
+class PayAlike(Callback):
+    def on_batch_collected(self, batch):
+        batch["next", "agents", "reward"].fill_(3.0)
+
+
+@main_cases
+@pytest.mark.parametrize("over", ["none", "batch", "per_agent"])
+def test_a_constant_reward(case, over, run):
+    experiment = run(case.config(normalize_advantage=over), callbacks=[PayAlike()])
+    check_whole(experiment, [0, 0])
+
+
+class PayOpposed(Callback):
+    """One agent gains what the other loses."""
+
+    def on_batch_collected(self, batch):
+        reward = batch["next", "agents", "reward"]
+        reward[..., 1, :] = -reward[..., 0, :]
+
+
+@main_cases
+def test_two_agents_with_opposed_rewards(case, run):
+    experiment = run(case.config(), task=balance(n_agents=2), callbacks=[PayOpposed()])
+    check_whole(experiment, [0, 0])
+
+
+#########
+# Actions
+#########
+
+
+class Saturate(Callback):
+    """Moves the means of the policy, before they are squashed, so far out that the actions are at their bounds."""
+
+    def __init__(self, mean):
+        super().__init__()
+        self.mean = mean
+
+    def on_setup(self):
+        for name, parameter in self.experiment.losses["agents"].named_parameters():
+            if "actor" in name and name.endswith("bias"):
+                parameter.data[..., :2] = self.mean
+
+    def on_batch_collected(self, batch):
+        assert batch["agents", "action"].abs().amin() > 1 - 1e-4
+
+
+@main_cases
+def test_actions_at_the_bounds(case, run):
+    check_whole(run(case.config(), callbacks=[Saturate(10.0)]), [0, 0])
+
+
+@main_cases
+def test_actions_so_far_beyond_the_bounds_that_ratios_overflow(case, run):
+    """What they were before they were squashed is lost, ratios reach e^100. Turns that meet M = inf are undone."""
+    experiment = run(case.config(), callbacks=[Saturate(40.0)])
+    check_parameters(experiment)
+    assert all(math.isfinite(value) for value in scalars(experiment)["train_agents_loss_critic"])
+
+
+class OneAllowed(StandIn):
+    """Only the first ``allowed`` actions are allowed."""
+
+    allowed = 1
+
+    def _observe(self):
+        out = super()._observe()
+        out["agents", "action_mask"] = torch.arange(4).expand(self.n_agents, 4) < self.allowed
+        return out
+
+
+class NoneAllowed(OneAllowed):
+    allowed = 0
+
+
+class EnvTask(StandInTask):
+    """A task of the given environment."""
+
+    def __init__(self, env, **config):
+        super().__init__(**config)
+        self.env = env
+
+    def get_env_fun(self, num_envs, continuous_actions, seed, device):
+        return lambda: self.env(**self.config, seed=seed)
+
+
+@main_cases
+def test_one_allowed_action(case, run):
+    """Then there is nothing to choose: all ratios are 1, and no policy moves."""
+    experiment = run(case.config(), task=EnvTask(OneAllowed, mask=True))
+    logged = check_whole(experiment, [0, 0])
+    assert logged["train_agents_policy_kl" if case.sequential else "train_agents_kl_approx"] == [0, 0]
+
+
+@main_cases
+def test_no_allowed_action(case, make_experiment):
+    experiment = make_experiment(case.config(), task=EnvTask(NoneAllowed, mask=True))
+    with pytest.raises(ValueError, match=r"'agents', 'action_mask'\) allows no action at index \[0, 0\]"):
+        experiment.run()
+
+
+##############
+# Environments
+##############
+
+
+class Raises(StandIn):
+    """Breaks down in the third iteration."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.total = 0
+
+    def _step(self, tensordict):
+        self.total += 1
+        if self.total > 25:  # ten steps of this environment are an iteration
+            raise ConnectionError("the simulator has gone away")
+        return super()._step(tensordict)
+
+
+@main_cases
+def test_an_environment_that_raises(case, make_experiment):
+    experiment = make_experiment(
+        case.config(), task=EnvTask(Raises), max_n_iters=5, checkpoint_interval=40, evaluation=False, create_json=True
+    )
+    with pytest.raises(ConnectionError, match="gone away"):
+        experiment.run()
+    assert experiment.n_iters_performed == 2
+    logged = check_whole(experiment, [0, 0])
+    assert len(logged["train_agents_loss_critic"]) == 2
+    saved = torch.load(experiment.folder_name / "checkpoints" / "latest.pt")
+    for name, value in experiment.losses["agents"].named_parameters():
+        assert torch.equal(saved["loss_agents"][name], value), name
+
+
+class BadObservation(StandIn):
+    """One entry of the third observation of each episode is not finite."""
+
+    value = math.nan
+
+    def _observe(self):
+        out = super()._observe()
+        if self.step_count == 3:
+            out["agents", "observation"][1, 2] = self.value
+        return out
+
+
+class InfiniteObservation(BadObservation):
+    value = math.inf
+
+
+@main_cases
+@pytest.mark.parametrize("env", [BadObservation, InfiniteObservation])
+def test_an_environment_that_shows_what_is_not_finite(case, env, make_experiment):
+    """Before anything is learned: sampling would fail with a message about probabilities, VMAS with none."""
+    experiment = make_experiment(case.config(), task=EnvTask(env))
+    before = policy_parameters(experiment)
+    with pytest.raises(ValueError, match=r"'agents', 'observation'\) is NaN or infinite at index \[0, 1, 2\]"):
+        experiment.run()
+    assert all(torch.equal(before[name], value) for name, value in policy_parameters(experiment).items())
+
+
+@pytest.mark.parametrize("collect_with_grad", [False, True])
+def test_evaluation_and_collection_with_grad_are_looked_at_too(collect_with_grad, make_experiment):
+    experiment = make_experiment(MAIN[0].config(), task=EnvTask(BadObservation), collect_with_grad=collect_with_grad)
+    run = experiment.run if collect_with_grad else experiment.evaluate
+    with pytest.raises(ValueError, match="is NaN or infinite at index"):
+        run()
+
+
+########
+# Shapes
+########
+
+SHAPES = {
+    "episodes of one step": {"max_steps": 1},
+    "environments do not divide the batch": {"frames": 42},
+    "minibatches do not divide the batch": {"on_policy_minibatch_size": 17},
+    "one environment": {"on_policy_n_envs_per_worker": 1},
+    "one agent": {"n_agents": 1},
+}
+
+
+@pytest.mark.filterwarnings("ignore:frames_per_batch .* is not exactly divisible")
+@main_cases
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(case, shape, run):
+    settings = dict(SHAPES[shape])
+    if "frames" in settings:
+        frames = settings.pop("frames")
+        settings |= {"on_policy_collected_frames_per_batch": frames, "evaluation_interval": frames}
+    config = {key: settings.pop(key) for key in ("max_steps", "n_agents") if key in settings}
+    experiment = run(case.config(), task=StandInTask(**config), **settings)
+    check_whole(experiment, [0, 0])
