@@ -66,3 +66,5 @@ CASES = [
     Case("gpae", logged=GPAE),
     Case("gpae", {"n_rollouts": 3, "objective": "reciprocal"}, logged=GPAE),
 ]
+#: Where a setting of an algorithm makes no difference: one case each, and off-policy GPAE, whose batches differ.
+MAIN = [case for case in CASES if not case.overrides or case.name == "gpae"]

@@ -45,7 +45,10 @@ def mlp_config() -> MlpConfig:
 
 @pytest.fixture
 def make_experiment(experiment_config, mlp_config):
-    """A function that builds an Experiment, by default MLP on VMAS balance of 5 steps with three agents."""
+    """A function that builds an Experiment, by default MLP on VMAS simple_spread of 5 steps, three agents.
+
+    Its steps take a third of the time of balance's.
+    """
     from benchmarl.environments import VmasTask
 
     def make(algorithm, task=None, model=None, critic=None, seed=0, callbacks=None, **settings) -> Experiment:
@@ -53,7 +56,7 @@ def make_experiment(experiment_config, mlp_config):
             assert hasattr(experiment_config, key), key
             setattr(experiment_config, key, value)
         if task is None:
-            task = VmasTask.BALANCE.get_from_yaml()
+            task = VmasTask.SIMPLE_SPREAD.get_from_yaml()
             task.config.update(max_steps=5, n_agents=3)
         return Experiment(
             task=task,

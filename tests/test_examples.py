@@ -1,5 +1,7 @@
 """The examples start, and the plot of learning curves reads what BenchMARL writes."""
 
+import importlib
+import os
 import runpy
 import shutil
 import subprocess
@@ -7,13 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import scalars
+from hydra import compose, initialize_config_module
 
 from benchmarl_trust import MarsConfig
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BENCHMARKS = EXAMPLES.parent / "benchmarks"
 WITH_ARGUMENTS = [script for folder in (EXAMPLES, BENCHMARKS) for script in sorted(folder.glob("*.py"))]
-WITH_ARGUMENTS.remove(EXAMPLES / "torchrl_only.py")
+for name in ("torchrl_only.py", "parallel_collection.py"):
+    WITH_ARGUMENTS.remove(EXAMPLES / name)
 
 
 def python(*arguments, fails=False) -> str:
@@ -83,18 +89,95 @@ def test_truncation(tmp_path):
     assert picture.stat().st_size > 10_000
 
 
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """A function that imports an example, in a folder for what it writes: it writes where it is started."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module
+
+
+def test_ensemble(load):
+    experiment = load("ensemble").make_experiment(1)
+    experiment.run()
+    assert [type(loss).__name__ for loss in experiment.losses.values()] == ["CriticPhaseLoss", "ClipPPOLoss"]
+    logged = scalars(experiment)
+    assert logged["train_adversary_policy_kl"][0] > 0
+    assert logged["train_agent_kl_approx"][0] != 0
+
+
+def test_custom_task(load):
+    experiment = load("custom_task").make_experiment(1)
+    experiment.run()
+    assert experiment.task_name == "meeting"
+    batch = experiment.test_env.rollout(3)
+    middle = batch["agents", "observation"][..., :2].mean(-2, keepdim=True)
+    torch.testing.assert_close(
+        batch["agents", "observation"][..., 4:], middle - batch["agents", "observation"][..., :2]
+    )
+    reward = batch["next", "agents", "reward"]
+    assert (reward == reward[..., :1, :]).all()
+    assert (reward < 0).all()
+    assert 0 < scalars(experiment)["train_agents_policy_kl"][0] <= 0.01 * (1 + 1e-5)
+
+
+def test_custom_callback(load):
+    experiment = load("custom_callback").make_experiment(2)
+    experiment.run()
+    assert scalars(experiment)["train_agents_lr"] == [pytest.approx(1.5e-4), 0]
+    rates = {group["lr"] for o in experiment.optimizers["agents"].values() for group in o.param_groups}
+    assert rates == {0}
+
+
+TINY = ["experiment=vmas_laptop", "experiment.max_n_frames=200", *SMALL, "critic_model.num_cells=[8]"]
+
+
+def test_parallel_collection(tmp_path):
+    pytest.importorskip("pettingzoo")
+    settings = [*TINY, "task=pettingzoo/simple_speaker_listener", "task.max_cycles=5", "algorithm=happo"]
+    settings += ["experiment.parallel_collection=True", "experiment.on_policy_n_envs_per_worker=2"]
+    python(EXAMPLES / "parallel_collection.py", *settings, f"hydra.run.dir={tmp_path}")
+    (best,) = tmp_path.rglob("collection_reward_episode_reward_max.csv")
+    worst = best.with_name(best.name.replace("max", "min"))
+    assert float(best.read_text().split(",")[1]) > float(worst.read_text().split(",")[1]) + 0.01
+    assert list(tmp_path.rglob("train_speaker_policy_kl.csv"))
+
+
+def test_sweep(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    command = ["bash", EXAMPLES / "sweep.sh", tmp_path / "sweep", "algorithm=mappo,happo", "seed=3", *TINY[1:]]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, check=False, env=os.environ | {"PATH": path}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("balance")]
+    assert [row[1:4] for row in rows] == [["mappo", "1", "1"], ["happo", "1", "1"]]
+
+
+def test_a_cluster_is_composed():
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    with initialize_config_module("benchmarl.conf", version_base=None):
+        overrides = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", "hydra.launcher.timeout_min=240"]
+        choices = ["algorithm=happo", "task=vmas/balance", "experiment=vmas_laptop"]
+        cfg = compose("config", overrides=[*choices, *overrides], return_hydra_config=True)
+    assert cfg.hydra.launcher._target_.endswith("SlurmLauncher")
+    assert (cfg.hydra.launcher.partition, cfg.hydra.launcher.timeout_min) == ("gpu", 240)
+    assert cfg.algorithm.clip_epsilon == 0.2
+
+
 def test_learning_curves(run, tmp_path):
     folder = tmp_path / "runs"
     folder.mkdir()
     for seed in (0, 1):
         run(MarsConfig.get_from_yaml(), seed=seed, save_folder=str(folder))
     output = python(EXAMPLES / "learning_curves.py", folder)
-    row = next(line for line in output.splitlines() if line.startswith("vmas/balance"))
-    assert row.split()[:3] == ["vmas/balance", "mars", "2"]
+    row = next(line for line in output.splitlines() if line.startswith("vmas/simple_spread"))
+    assert row.split()[:3] == ["vmas/simple_spread", "mars", "2"]
     assert (folder / "learning_curves.png").stat().st_size > 10_000
     other = shutil.copytree(folder, tmp_path / "other")
     output = python(EXAMPLES / "learning_curves.py", folder, other)
-    rows = [line.split() for line in output.splitlines() if line.startswith("vmas/balance")]
+    rows = [line.split() for line in output.splitlines() if line.startswith("vmas/simple_spread")]
     assert [row[1:4] for row in rows] == [["mars,", "other", "2"], ["mars,", "runs", "2"]]
     assert rows[0][4:] == rows[1][4:]
     run(MarsConfig.get_from_yaml(), seed=1, save_folder=str(folder))

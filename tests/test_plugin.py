@@ -7,9 +7,11 @@ import json
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 TINY = [
     "task=vmas/balance",
@@ -49,27 +51,46 @@ def results(folder: Path) -> list[dict]:
     return [json.loads(file.read_text())["vmas"] for file in files]
 
 
-def test_run_with_overrides_then_resume_and_evaluate(tmp_path):
+def test_kill_a_run_with_overrides_then_evaluate_and_resume(tmp_path):
     overrides = ["algorithm=mars", "algorithm.epsilon=0.1", "algorithm.penalty=log", *TINY]
-    output = benchmarl(*overrides, "experiment.checkpoint_at_end=True", cwd=tmp_path)
+    overrides += ["experiment.checkpoint_interval=40", "experiment.keep_checkpoints_num=1"]
+    overrides += ["experiment.max_n_iters=100000"]
+    with (tmp_path / "out.txt").open("w") as out:
+        command = [sys.executable, "-m", "benchmarl.run", *overrides]
+        run = subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=subprocess.STDOUT)
+        wait_for(lambda: len([*tmp_path.rglob("latest.pt"), *tmp_path.rglob("checkpoint_*.pt")]) > 1, run)
+        run.kill()  # SIGKILL: nothing is tidied up
+        run.wait()
+    output = (tmp_path / "out.txt").read_text()
     assert "Algorithm: mars, Task: vmas/balance" in output
     assert "epsilon: 0.1" in output
-    (report,) = results(tmp_path)
-    assert list(report["balance"]) == ["mars"]
+    (checkpoint,) = tmp_path.rglob("latest.pt")
+    done = torch.load(checkpoint)["state"]["n_iters_performed"]
+    assert done > 0
 
-    (checkpoint,) = tmp_path.rglob("checkpoint_40.pt")
     assert "Evaluation results logged" in python("-m", "benchmarl.evaluate", str(checkpoint), cwd=tmp_path)
 
-    # Resuming asks for more iterations than the run was made for: its own record of the settings is edited.
+    # Two iterations more: BenchMARL resumes with the run's own record of its settings.
     (hydra,) = tmp_path.rglob(".hydra")
     text = (hydra / "config.yaml").read_text()
-    (hydra / "config.yaml").write_text(text.replace("max_n_iters: 1", "max_n_iters: 3"))
+    (hydra / "config.yaml").write_text(text.replace("max_n_iters: 100000", f"max_n_iters: {done + 2}"))
     output = python("-m", "benchmarl.resume", str(checkpoint), cwd=tmp_path)
     assert "Reloaded experiment" in output
     assert "epsilon: 0.1" in output
-    assert "3/3" in output
     (losses,) = tmp_path.rglob("train_agents_loss_objective.csv")
-    assert [int(line.split(",")[0]) for line in losses.read_text().splitlines()] == [0, 1, 2]
+    iterations = [int(line.split(",")[0]) for line in losses.read_text().splitlines()]
+    assert iterations[-2:] == [done, done + 1]
+    (report,) = results(tmp_path)
+    assert list(report["balance"]) == ["mars"]
+
+
+def wait_for(condition, run) -> None:
+    """Until it holds; fails if the process ends before or it takes too long."""
+    start = time.monotonic()
+    while not condition():
+        assert run.poll() is None, "the run has ended"
+        assert time.monotonic() - start < 240
+        time.sleep(0.1)
 
 
 def test_multirun_with_benchmarls_own(tmp_path):

@@ -10,14 +10,12 @@ from benchmarl.algorithms import EnsembleAlgorithmConfig, MappoConfig
 from benchmarl.environments import VmasTask
 from benchmarl.models import CnnConfig, GnnConfig, GruConfig, LstmConfig, MlpConfig
 from benchmarl.models.common import SequenceModelConfig
-from cases import CASES, POSITIONS
+from cases import CASES, MAIN, POSITIONS
 from conftest import policy_parameters, scalars
 from environments import StandInTask
 from problems import CNN, LAYERS, RNN
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
-#: Where a setting of an algorithm makes no difference: one case each, and off-policy GPAE, whose batches differ.
-MAIN = [case for case in CASES if not case.overrides or case.name == "gpae"]
 main_cases = pytest.mark.parametrize("case", MAIN, ids=[case.id for case in MAIN])
 
 
@@ -77,7 +75,7 @@ def check_positions(logged, group, n_agents):
 @all_cases
 @pytest.mark.parametrize("continuous", [True, False], ids=["continuous", "discrete"])
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "separate"])
-def test_balance(case, continuous, share, run):
+def test_vmas(case, continuous, share, run):
     check_trained(case, run(case.config(), prefer_continuous_actions=continuous, share_policy_params=share))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from benchmarl.experiment import Experiment
-from cases import CASES
+from cases import CASES, MAIN
 
 from benchmarl_trust import HappoConfig, MarsConfig
 from benchmarl_trust.algorithms.resume import KEY
@@ -31,13 +31,16 @@ def draws():
     return torch.rand(2).tolist(), np.random.rand(2).tolist(), [random.random(), random.gauss(0, 1)]
 
 
-@all_cases
-@pytest.mark.parametrize(("share", "recurrent"), [(False, False), (True, True)], ids=["separate-mlp", "shared-gru"])
-def test_resume_is_exact(case, share, recurrent, make_experiment, tmp_path):
+@pytest.mark.parametrize(
+    ("case", "recurrent"),
+    [*((case, False) for case in CASES), *((case, True) for case in MAIN)],
+    ids=[*(f"{case.id}-separate-mlp" for case in CASES), *(f"{case.id}-shared-gru" for case in MAIN)],
+)
+def test_resume_is_exact(case, recurrent, make_experiment, tmp_path):
     from test_smoke import MODELS
 
     model = MODELS["gru"]() if recurrent else None
-    experiment = make_experiment(case.config(**case.entropy), model=model, share_policy_params=share, max_n_iters=4)
+    experiment = make_experiment(case.config(**case.entropy), model=model, share_policy_params=recurrent, max_n_iters=4)
     batches = [batch.clone() for batch in experiment.collector]
     assert len(batches) == 4
     for batch in batches[:2]:
@@ -50,7 +53,7 @@ def test_resume_is_exact(case, share, recurrent, make_experiment, tmp_path):
     expected, expected_draws = list(experiment.losses["agents"].parameters()), draws()
 
     torch.manual_seed(123)
-    again = make_experiment(case.config(**case.entropy), model=model, share_policy_params=share, seed=7)
+    again = make_experiment(case.config(**case.entropy), model=model, share_policy_params=recurrent, seed=7)
     again.load_state_dict(torch.load(tmp_path / "state.pt"))  # weights_only, as BenchMARL loads it
     torch.manual_seed(99)  # Experiment.run seeds anew before it collects
     for batch in batches[2:]:

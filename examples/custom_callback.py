@@ -1,0 +1,62 @@
+"""A callback of one's own: learning rates that fall to zero over the run.
+
+python examples/custom_callback.py --iterations 40
+"""
+
+import argparse
+
+from benchmarl.environments import VmasTask
+from benchmarl.experiment import Callback, Experiment, ExperimentConfig
+from benchmarl.models import MlpConfig
+from tensordict import TensorDictBase
+
+from benchmarl_trust import ClipHappoConfig
+
+
+class LinearDecay(Callback):
+    """Lowers the learning rate of all optimizers of a group, those of single agents and of the critic alike.
+
+    What an algorithm of this package does to the optimizers is in ``experiment.optimizers[group]``, as BenchMARL has
+    it: ``loss_objective_agent_<i>`` and ``loss_critic`` for HAPPO with separate policies.
+    """
+
+    def on_train_end(self, training_td: TensorDictBase, group: str) -> None:
+        """Set the rates of the next iteration, and log them."""
+        config, done = self.experiment.config, self.experiment.n_iters_performed + 1
+        lr = config.lr * (1 - done / config.get_max_n_iters(self.experiment.on_policy))
+        for optimizer in self.experiment.optimizers[group].values():
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = lr
+        self.experiment.logger.log({f"train/{group}/lr": lr}, step=self.experiment.n_iters_performed)
+
+
+def make_experiment(iterations: int) -> Experiment:
+    """BenchMARL's Experiment with the callback; the package adds its own behind it."""
+    config = ExperimentConfig.get_from_yaml()
+    config.max_n_iters, config.max_n_frames = iterations, None
+    config.on_policy_collected_frames_per_batch, config.on_policy_n_envs_per_worker = 3_000, 30
+    config.on_policy_n_minibatch_iters, config.on_policy_minibatch_size, config.lr = 5, 1_000, 3e-4
+    config.evaluation_interval, config.render, config.loggers = 15_000, False, ["csv"]
+    config.share_policy_params = False
+    return Experiment(
+        task=VmasTask.BALANCE.get_from_yaml(),
+        algorithm_config=ClipHappoConfig.get_from_yaml(),
+        model_config=MlpConfig.get_from_yaml(),
+        seed=0,
+        config=config,
+        callbacks=[LinearDecay()],
+    )
+
+
+def main() -> None:
+    """Train, and show the last rates."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--iterations", type=int, default=40)
+    experiment = make_experiment(parser.parse_args().iterations)
+    experiment.run()
+    for name, optimizer in experiment.optimizers["agents"].items():
+        print(f"{name}: lr {optimizer.param_groups[0]['lr']:.1e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Algorithms x seeds in parallel processes, by Hydra's joblib launcher; then their returns and BenchMARL's plots.
+#
+#   pip install '.[vmas,plots,sweep]'
+#   bash examples/sweep.sh                                                # into outputs/sweep, two runs at a time
+#   JOBS=8 bash examples/sweep.sh outputs/tag algorithm=mappo,happo task=vmas/simple_tag seed=0,1,2,3
+#
+# The first argument is a new folder; overrides of BenchMARL's configuration follow it, with several values to sweep.
+set -euo pipefail
+folder=${1:-outputs/sweep}
+shift || true
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # one thread for each run: they share the cores
+
+python -W ignore -m benchmarl.run -m hydra/launcher=joblib hydra.launcher.n_jobs="${JOBS:-2}" hydra.sweep.dir="$folder" \
+    algorithm=mappo,happo,mars seed=0,1,2 task=vmas/balance experiment=vmas_laptop "$@"
+python "$(dirname "$0")/compare.py" --plot-only --output "$folder"
