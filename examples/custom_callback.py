@@ -30,11 +30,11 @@ class LinearDecay(Callback):
         self.experiment.logger.log({f"train/{group}/lr": lr}, step=self.experiment.n_iters_performed)
 
 
-def make_experiment(iterations: int) -> Experiment:
+def make_experiment(iterations: int, frames: int = 3_000) -> Experiment:
     """BenchMARL's Experiment with the callback; the package adds its own behind it."""
     config = ExperimentConfig.get_from_yaml()
     config.max_n_iters, config.max_n_frames = iterations, None
-    config.on_policy_collected_frames_per_batch, config.on_policy_n_envs_per_worker = 3_000, 30
+    config.on_policy_collected_frames_per_batch, config.on_policy_n_envs_per_worker = frames, 30
     config.on_policy_n_minibatch_iters, config.on_policy_minibatch_size, config.lr = 5, 1_000, 3e-4
     config.evaluation_interval, config.render, config.loggers = 15_000, False, ["csv"]
     config.share_policy_params = False

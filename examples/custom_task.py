@@ -64,11 +64,11 @@ class MeetingTask(VmasClass):
         )
 
 
-def make_experiment(iterations: int) -> Experiment:
+def make_experiment(iterations: int, frames: int = 3_000) -> Experiment:
     """BenchMARL's Experiment on the task."""
     config = ExperimentConfig.get_from_yaml()
     config.max_n_iters, config.max_n_frames = iterations, None
-    config.on_policy_collected_frames_per_batch, config.on_policy_n_envs_per_worker = 3_000, 60
+    config.on_policy_collected_frames_per_batch, config.on_policy_n_envs_per_worker = frames, 60
     config.on_policy_n_minibatch_iters, config.on_policy_minibatch_size, config.lr = 5, 1_000, 3e-4
     config.evaluation_interval, config.render, config.loggers = 15_000, False, ["csv"]
     config.share_policy_params = False

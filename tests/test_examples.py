@@ -28,13 +28,28 @@ def python(*arguments, fails=False) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("script", WITH_ARGUMENTS, ids=lambda script: script.stem)
-def test_help(script, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
-    monkeypatch.syspath_prepend(script.parent)  # as Python does for a script
-    with pytest.raises(SystemExit, match="0"):
-        runpy.run_path(str(script), run_name="__main__")
-    assert "usage:" in capsys.readouterr().out
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """A function that runs a script in this process, which saves its imports, and returns what it prints or says."""
+
+    def run_script(path, *arguments, fails=False):
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        monkeypatch.syspath_prepend(path.parent)  # as Python does for a script
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        assert (code not in (0, None)) == fails
+        printed = capsys.readouterr()
+        return f"{printed.out}{printed.err}{code}"
+
+    return run_script
+
+
+@pytest.mark.parametrize("path", WITH_ARGUMENTS, ids=lambda path: path.stem)
+def test_help(path, script):
+    assert "usage:" in script(path, "--help")
 
 
 def test_torchrl_only():
@@ -46,10 +61,10 @@ def test_torchrl_only():
     assert any(factor != 1 for factor in others)
 
 
-def test_joint_constraint(tmp_path):
+def test_joint_constraint(tmp_path, script):
     picture = tmp_path / "joint_constraint.png"
     settings = ("--seeds", 2, "--iterations", 2, "--frames", 32, "--out", picture)
-    output = python(EXAMPLES / "joint_constraint.py", *settings)
+    output = script(EXAMPLES / "joint_constraint.py", *settings)
     rows = [line.split() for line in output.splitlines() if line.startswith("HATRPO") and "±" in line]
     assert [row[0] for row in rows] == ["HATRPO", "HATRPO-W", "HATRPO-G"]
     for row in rows:
@@ -63,10 +78,10 @@ SMALL = [f"experiment.on_policy_{setting}" for setting in SMALL]
 SMALL += ["model.num_cells=[8]", "experiment.evaluation_interval=200", "experiment.evaluation_episodes=4"]
 
 
-def test_advantage_gap(tmp_path):
+def test_advantage_gap(tmp_path, script):
     picture = tmp_path / "gap.png"
     settings = ("--seeds", 0, "--frames", 400, "--steps", 100, "--out", picture, "--override", *SMALL)
-    rows = [line.split() for line in python(EXAMPLES / "advantage_gap.py", *settings).splitlines()]
+    rows = [line.split() for line in script(EXAMPLES / "advantage_gap.py", *settings).splitlines()]
     game_gpae, task_gpae = [row for row in rows if row[:1] == ["GPAE"]]
     game_mappo, task_mappo = [row for row in rows if row[:1] == ["MAPPO"]]
     assert float(game_gpae[1]) == pytest.approx(0.5, abs=0.01)  # in state 0
@@ -77,10 +92,10 @@ def test_advantage_gap(tmp_path):
     assert picture.stat().st_size > 10_000
 
 
-def test_truncation(tmp_path):
+def test_truncation(tmp_path, script):
     picture = tmp_path / "truncation.png"
     settings = ("--seeds", 0, "--frames", 400, "--rollouts", 2, "--etas", 1.0, "--truncations", "dt", "none")
-    output = python(EXAMPLES / "truncation.py", *settings, "--out", picture, "--override", *SMALL)
+    output = script(EXAMPLES / "truncation.py", *settings, "--out", picture, "--override", *SMALL)
     traces = {
         line.split()[0]: float(line.split()[-1]) for line in output.splitlines() if line.startswith(("dt", "none"))
     }
@@ -98,7 +113,7 @@ def load(tmp_path, monkeypatch):
 
 
 def test_ensemble(load):
-    experiment = load("ensemble").make_experiment(1)
+    experiment = load("ensemble").make_experiment(1, frames=300)
     experiment.run()
     assert [type(loss).__name__ for loss in experiment.losses.values()] == ["CriticPhaseLoss", "ClipPPOLoss"]
     logged = scalars(experiment)
@@ -107,22 +122,20 @@ def test_ensemble(load):
 
 
 def test_custom_task(load):
-    experiment = load("custom_task").make_experiment(1)
+    experiment = load("custom_task").make_experiment(1, frames=300)
     experiment.run()
     assert experiment.task_name == "meeting"
     batch = experiment.test_env.rollout(3)
-    middle = batch["agents", "observation"][..., :2].mean(-2, keepdim=True)
-    torch.testing.assert_close(
-        batch["agents", "observation"][..., 4:], middle - batch["agents", "observation"][..., :2]
-    )
-    reward = batch["next", "agents", "reward"]
+    middle = batch["robot", "observation"][..., :2].mean(-2, keepdim=True)
+    torch.testing.assert_close(batch["robot", "observation"][..., 4:], middle - batch["robot", "observation"][..., :2])
+    reward = batch["next", "robot", "reward"]
     assert (reward == reward[..., :1, :]).all()
     assert (reward < 0).all()
-    assert 0 < scalars(experiment)["train_agents_policy_kl"][0] <= 0.01 * (1 + 1e-5)
+    assert 0 < scalars(experiment)["train_robot_policy_kl"][0] <= 0.01 * (1 + 1e-5)
 
 
 def test_custom_callback(load):
-    experiment = load("custom_callback").make_experiment(2)
+    experiment = load("custom_callback").make_experiment(2, frames=300)
     experiment.run()
     assert scalars(experiment)["train_agents_lr"] == [pytest.approx(1.5e-4), 0]
     rates = {group["lr"] for o in experiment.optimizers["agents"].values() for group in o.param_groups}
@@ -166,20 +179,20 @@ def test_a_cluster_is_composed():
     assert cfg.algorithm.clip_epsilon == 0.2
 
 
-def test_learning_curves(run, tmp_path):
+def test_learning_curves(run, tmp_path, script):
     folder = tmp_path / "runs"
     folder.mkdir()
     for seed in (0, 1):
         run(MarsConfig.get_from_yaml(), seed=seed, save_folder=str(folder))
-    output = python(EXAMPLES / "learning_curves.py", folder)
+    output = script(EXAMPLES / "learning_curves.py", folder)
     row = next(line for line in output.splitlines() if line.startswith("vmas/simple_spread"))
     assert row.split()[:3] == ["vmas/simple_spread", "mars", "2"]
     assert (folder / "learning_curves.png").stat().st_size > 10_000
     other = shutil.copytree(folder, tmp_path / "other")
-    output = python(EXAMPLES / "learning_curves.py", folder, other)
+    output = script(EXAMPLES / "learning_curves.py", folder, other)
     rows = [line.split() for line in output.splitlines() if line.startswith("vmas/simple_spread")]
     assert [row[1:4] for row in rows] == [["mars,", "other", "2"], ["mars,", "runs", "2"]]
     assert rows[0][4:] == rows[1][4:]
     run(MarsConfig.get_from_yaml(), seed=1, save_folder=str(folder))
-    assert "is there twice" in python(EXAMPLES / "learning_curves.py", folder, fails=True)
-    assert "no evaluation" in python(EXAMPLES / "learning_curves.py", EXAMPLES, fails=True)
+    assert "is there twice" in script(EXAMPLES / "learning_curves.py", folder, fails=True)
+    assert "no evaluation" in script(EXAMPLES / "learning_curves.py", EXAMPLES, fails=True)
