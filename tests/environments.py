@@ -1,5 +1,7 @@
 """Small TorchRL environments with the specs of tasks whose engines are not at hand."""
 
+from types import MappingProxyType
+
 import torch
 from benchmarl.environments import TaskClass
 from tensordict import TensorDict
@@ -127,3 +129,75 @@ class StandInTask(TaskClass):
     @staticmethod
     def env_name():
         return "standin"
+
+
+class Crew(EnvBase):
+    """Two groups of unlike agents with one reward: a scout, and workers of whom the second is absent from step 2 on.
+
+    Every agent is shown a number; all are paid the share of the agents present that name theirs.
+    """
+
+    sizes = MappingProxyType({"scout": (1, 3), "workers": (2, N_ACTIONS)})  # group -> agents, actions
+
+    def __init__(self, max_steps=5, seed=0):
+        super().__init__(device="cpu", batch_size=[])
+        self.max_steps = max_steps
+        self._set_seed(seed)
+        observation, action, reward = Composite(), Composite(), Composite()
+        for group, (n, kinds) in self.sizes.items():
+            seen = {"observation": Unbounded((n, kinds)), "mask": Binary(n, (n,), dtype=torch.bool)}
+            observation[group] = Composite(seen, shape=(n,))
+            action[group] = Composite(action=Categorical(kinds, (n,)), shape=(n,))
+            reward[group] = Composite(reward=Unbounded((n, 1)), shape=(n,))
+        self.observation_spec, self.action_spec, self.reward_spec = observation, action, reward
+        self.done_spec = Composite(done=Binary(1, (1,), dtype=torch.bool), terminated=Binary(1, (1,), dtype=torch.bool))
+
+    def _set_seed(self, seed):
+        self.generator = torch.Generator().manual_seed(seed or 0)
+
+    def _observe(self) -> TensorDict:
+        out, self.goals, self.masks = TensorDict(), {}, {}
+        for group, (n, kinds) in self.sizes.items():
+            self.goals[group] = torch.randint(kinds, (n,), generator=self.generator)
+            self.masks[group] = torch.arange(n) < n - (group == "workers" and self.step_count >= 2)
+            hot = torch.nn.functional.one_hot(self.goals[group], kinds).float()
+            out[group] = TensorDict(observation=hot, mask=self.masks[group], batch_size=n)
+        return out
+
+    def _reset(self, tensordict=None, **kwargs):
+        self.step_count = 0
+        done = torch.zeros(1, dtype=torch.bool)
+        return self._observe().update({"done": done, "terminated": done.clone()})
+
+    def _step(self, tensordict):
+        right = torch.cat([tensordict[group, "action"] == self.goals[group] for group in self.sizes])
+        present = torch.cat(list(self.masks.values()))
+        reward = (right & present).sum() / present.sum()
+        self.step_count += 1
+        done = torch.tensor([self.step_count >= self.max_steps])
+        out = self._observe().update({"done": done, "terminated": done.clone()})
+        for group, (n, _) in self.sizes.items():
+            out[group, "reward"] = reward.expand(n, 1).clone()
+        return out
+
+
+class CrewTask(StandInTask):
+    """:class:`Crew` as a BenchMARL task."""
+
+    def get_env_fun(self, num_envs, continuous_actions, seed, device):
+        return lambda: Crew(**self.config, seed=seed)
+
+    def group_map(self, env):
+        return {group: [f"{group}_{i}" for i in range(n)] for group, (n, _) in Crew.sizes.items()}
+
+    def observation_spec(self, env):
+        specs = {group: env.observation_spec[group] for group in Crew.sizes}
+        return Composite(
+            {
+                group: Composite(observation=spec["observation"].clone(), shape=spec.shape)
+                for group, spec in specs.items()
+            }
+        )
+
+    def action_mask_spec(self, env):
+        return None

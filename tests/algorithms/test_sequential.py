@@ -12,7 +12,7 @@ from benchmarl.models import GnnConfig, MlpConfig
 from benchmarl.models.common import SequenceModelConfig
 from cases import CASES
 from conftest import policy_parameters, scalars
-from environments import StandInTask
+from environments import CrewTask, StandInTask
 
 from benchmarl_trust import ClipHappoConfig, HappoConfig
 from benchmarl_trust.algorithms import sequential_clip as sequential_module
@@ -30,10 +30,14 @@ def happo(config=HappoConfig, **settings):
     return config
 
 
-def speaker_listener():
-    task = VmasTask.SIMPLE_SPEAKER_LISTENER.get_from_yaml()
+def cut(task):
+    task = task.get_from_yaml()
     task.config.update(max_steps=5)
     return task
+
+
+def speaker_listener():
+    return cut(VmasTask.SIMPLE_SPEAKER_LISTENER)
 
 
 class TestIdentities:
@@ -197,6 +201,19 @@ class PayAdversaries(Callback):
         batch["next", "adversary", "reward"][0, 1] += 10
 
 
+class Freeze(Callback):
+    """Trains a group no longer, from an iteration on."""
+
+    def __init__(self, group, iteration):
+        super().__init__()
+        self.group, self.iteration = group, iteration
+
+    def on_batch_collected(self, batch):
+        if self.experiment.n_iters_performed == self.iteration:
+            del self.experiment.train_group_map[self.group]
+            self.parameters = [p.detach().clone() for p in self.experiment.losses[self.group].parameters()]
+
+
 class TestTeams:
     @sequential
     def test_the_factor_crosses_groups(self, case, run):
@@ -215,6 +232,51 @@ class TestTeams:
         for group in ("speaker", "listener"):
             assert len(logged[f"train_{group}_policy_kl_agent_0"]) == 6
             assert set(logged[f"train_{group}_skipped_steps"]) == {0}
+
+    @sequential
+    def test_agents_that_are_absent_leave_the_factor_alone(self, case, make_experiment):
+        """The second worker is gone in three steps of five: there M is the product of the others' ratios."""
+        experiment = make_experiment(case.config(teams=[["scout", "workers"]]), task=CrewTask(), max_n_iters=3)
+        algorithm, seen = experiment.algorithm, []
+        original = algorithm._log
+
+        def log(team, agents, infos, chunk):
+            seen.append((agents, infos))
+            original(team, agents, infos, chunk)
+
+        algorithm._log = log
+        experiment.run()
+        logged = scalars(experiment)
+        for agents, infos in seen:
+            absent = ~next(agent for agent in agents if "mask" in agent.data and not agent.data["mask"].all()).data[
+                "mask"
+            ]
+            assert absent.float().mean() == 0.6
+            for info in infos:
+                outside = absent if info.agent == 2 else torch.zeros_like(absent)
+                assert (info.log_ratio[outside] == 0).all()
+                assert info.log_ratio[~outside].abs().max() > 0
+        for group in ("scout", "workers"):
+            assert set(logged[f"train_{group}_skipped_steps"]) == {0}
+
+    @sequential
+    def test_an_adversary_outside_the_team_is_a_team_of_its_own(self, case, make_experiment):
+        """In simple_crypto alice and bob have one reward and eve another; a callback freezes eve."""
+        experiment = make_experiment(
+            case.config(teams=[["alice", "bob"]]),
+            task=cut(VmasTask.SIMPLE_CRYPTO),
+            callbacks=[Freeze("eve", iteration=1)],
+            max_n_iters=3,
+        )
+        experiment.run()
+        logged = scalars(experiment)
+        assert set(logged["train_alice+bob_policy_factor_mean_position_0"]) == {1}
+        assert all(value != 1 for value in logged["train_alice+bob_policy_factor_max_position_1"])
+        assert "train_eve_policy_factor_mean_position_1" not in logged
+        assert len(logged["train_bob_policy_kl"]) == 3
+        assert len(logged["train_eve_policy_kl"]) == 1
+        frozen = experiment.callbacks[0].parameters
+        assert all(torch.equal(p, q) for p, q in zip(frozen, experiment.losses["eve"].parameters(), strict=True))
 
     def test_without_teams_no_factor_crosses(self, run):
         logged = scalars(run(happo(), task=speaker_listener()))
@@ -268,9 +330,7 @@ class TestTeams:
 
 
 def simple_tag():
-    task = VmasTask.SIMPLE_TAG.get_from_yaml()
-    task.config.update(max_steps=5)
-    return task
+    return cut(VmasTask.SIMPLE_TAG)
 
 
 class TestPolicyPhase:
