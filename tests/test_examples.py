@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarl.environments import PettingZooTask
 from conftest import scalars
 from hydra import compose, initialize_config_module
 
@@ -150,10 +151,18 @@ def test_parallel_collection(tmp_path):
     settings = [*TINY, "task=pettingzoo/simple_speaker_listener", "task.max_cycles=5", "algorithm=happo"]
     settings += ["experiment.parallel_collection=True", "experiment.on_policy_n_envs_per_worker=2"]
     python(EXAMPLES / "parallel_collection.py", *settings, f"hydra.run.dir={tmp_path}")
-    (best,) = tmp_path.rglob("collection_reward_episode_reward_max.csv")
-    worst = best.with_name(best.name.replace("max", "min"))
-    assert float(best.read_text().split(",")[1]) > float(worst.read_text().split(",")[1]) + 0.01
-    assert list(tmp_path.rglob("train_speaker_policy_kl.csv"))
+    (kl,) = tmp_path.rglob("train_speaker_policy_kl.csv")
+    assert float(kl.read_text().split(",")[1]) > 0
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_copies_with_a_seed_of_their_own_start_differently(own, load, make_experiment):
+    pytest.importorskip("pettingzoo")
+    callbacks = [load("parallel_collection").OwnSeeds()] if own else []
+    task = PettingZooTask.SIMPLE_SPREAD.get_from_yaml()
+    experiment = make_experiment(MarsConfig.get_from_yaml(), task=task, callbacks=callbacks)
+    first = experiment.collector.env.reset()["agent", "observation"]
+    assert len(first.unique(dim=0)) == (len(first) if own else 1)  # without, BenchMARL starts all copies alike
 
 
 def test_sweep(tmp_path):

@@ -25,7 +25,6 @@ def diagonal():
 DIAGONAL = diagonal()
 
 
-@pytest.mark.filterwarnings("ignore:PettingZoo failed to load all", "ignore:.* environments failed to load")
 @pytest.mark.parametrize(("row", "algorithm"), DIAGONAL, ids=[f"{row.name}-{name}" for row, name in DIAGONAL])
 def test_diagonal(row, algorithm, tmp_path):
     suite = {"pettingzoo": "pettingzoo", "magent": "magent2"}.get(row.name.split("/")[0])
