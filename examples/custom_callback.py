@@ -14,20 +14,21 @@ from benchmarl_trust import ClipHappoConfig
 
 
 class LinearDecay(Callback):
-    """Lowers the learning rate of all optimizers of a group, those of single agents and of the critic alike.
+    """Lowers the learning rates of all optimizers, those of single agents and of the critics alike.
 
-    What an algorithm of this package does to the optimizers is in ``experiment.optimizers[group]``, as BenchMARL has
-    it: ``loss_objective_agent_<i>`` and ``loss_critic`` for HAPPO with separate policies.
+    They are in ``experiment.optimizers[group]``, as in BenchMARL: ``loss_objective_agent_<i>`` and ``loss_critic`` for
+    HAPPO with separate policies.
     """
 
-    def on_train_end(self, training_td: TensorDictBase, group: str) -> None:
-        """Set the rates of the next iteration, and log them."""
-        config, done = self.experiment.config, self.experiment.n_iters_performed + 1
+    def on_batch_collected(self, batch: TensorDictBase) -> None:
+        """Set the rates of this iteration, and log them. They follow from its number: a resumed run goes on alike."""
+        config, done = self.experiment.config, self.experiment.n_iters_performed
         lr = config.lr * (1 - done / config.get_max_n_iters(self.experiment.on_policy))
-        for optimizer in self.experiment.optimizers[group].values():
-            for parameters in optimizer.param_groups:
-                parameters["lr"] = lr
-        self.experiment.logger.log({f"train/{group}/lr": lr}, step=self.experiment.n_iters_performed)
+        for optimizers in self.experiment.optimizers.values():
+            for optimizer in optimizers.values():
+                for parameters in optimizer.param_groups:
+                    parameters["lr"] = lr
+        self.experiment.logger.log({"train/lr": lr}, step=done)
 
 
 def make_experiment(iterations: int, frames: int = 3_000) -> Experiment:

@@ -68,8 +68,8 @@ def collection_curves(folder: Path) -> Curves:
         ((env, tasks),) = get_raw_dict_from_multirun_folder(str(report.parent)).items()
         ((task, algorithms),) = tasks.items()
         (algorithm,) = algorithms
-        frames = dict(_read(file.with_name("counters_total_frames.csv")))
-        points = [(frames[step], value) for step, value in _read(file) if step in frames]
+        frames = _read(file.with_name("counters_total_frames.csv"))
+        points = [(frames[step], value) for step, value in _read(file).items() if step in frames]
         curves.setdefault(f"{env}/{task}", {}).setdefault(algorithm, []).append(tuple(np.array(points).T))
     return curves
 
@@ -86,9 +86,16 @@ def side_by_side(curves: dict[str, Curves]) -> Curves:
     return merged
 
 
-def _read(file: Path) -> list[tuple[int, float]]:
+def _read(file: Path) -> dict[int, float]:
+    """Value by step; what a resumed run has done again replaces what it had done before."""
     with file.open() as lines:
-        return [(int(step), float(value)) for step, value in csv.reader(lines)]
+        return {int(step): float(value) for step, value in csv.reader(lines)}
+
+
+def _stack(seeds: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """The frames that all seeds have, and the values there, [seeds, frames]."""
+    common = sorted(set.intersection(*(set(frames) for frames, _ in seeds)))
+    return np.array(common), np.stack([values[np.isin(frames, common)] for frames, values in seeds])
 
 
 def draw(evaluation: Curves, collection: Curves, path: Path) -> None:
@@ -97,8 +104,7 @@ def draw(evaluation: Curves, collection: Curves, path: Path) -> None:
     for axes, task in zip(rows, sorted(evaluation), strict=True):
         for axis, curves, kind in zip(axes, (evaluation, collection), ("evaluation", "collection"), strict=True):
             for algorithm, seeds in sorted(curves.get(task, {}).items()):
-                length = min(len(frames) for frames, _ in seeds)
-                frames, values = seeds[0][0][:length], np.stack([v[:length] for _, v in seeds])
+                frames, values = _stack(seeds)
                 (line,) = axis.plot(frames, values.mean(0), label=f"{algorithm} ({len(seeds)} seeds)")
                 axis.fill_between(frames, values.min(0), values.max(0), alpha=0.2, color=line.get_color())
             axis.set(title=f"{task}, {kind}", xlabel="frames", ylabel="return")

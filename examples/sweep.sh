@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Algorithms x seeds in parallel processes, by Hydra's joblib launcher; then their returns and BenchMARL's plots.
+# Algorithms x seeds on VMAS tasks in parallel processes, by Hydra's joblib launcher; then a table of their returns and
+# the plots of BenchMARL's eval_results, where marl_eval is installed (README, Reporting).
 #
 #   pip install '.[vmas,plots,sweep]'
 #   bash examples/sweep.sh                                                # into outputs/sweep, two runs at a time
@@ -9,6 +10,14 @@
 set -euo pipefail
 folder=${1:-outputs/sweep}
 shift || true
+if [[ $folder == *=* ]]; then
+    echo "The first argument is a folder, the overrides follow it: $folder" >&2
+    exit 2
+fi
+if [[ -e $folder ]]; then
+    echo "$folder is there already: name a new folder." >&2
+    exit 2
+fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # one thread for each run: they share the cores
 
 python -W ignore -m benchmarl.run -m hydra/launcher=joblib hydra.launcher.n_jobs="${JOBS:-2}" hydra.sweep.dir="$folder" \

@@ -6,7 +6,7 @@ import torch
 from benchmarl.environments import TaskClass
 from tensordict import TensorDict
 from torchrl.data import Binary, Categorical, Composite, Unbounded
-from torchrl.envs import EnvBase, Transform
+from torchrl.envs import DTypeCastTransform, EnvBase
 
 N_ACTIONS = 4
 
@@ -14,23 +14,28 @@ N_ACTIONS = 4
 class StandIn(EnvBase):
     """Agents that get reward 1 for the action whose number their observation shows; not vectorised.
 
-    ``mask``: some actions are forbidden, as in SMAC. ``rgb``: observations are uint8 images, as in MeltingPot.
-    ``state``: a global state beside the observations. ``absent``: the last agent is marked absent from step 2 on.
+    ``mask``: some actions are forbidden, as in SMAC. ``rgb``: observations are uint8 images, as in MeltingPot, and
+    with ``nested`` they have MeltingPot's key. ``state``: a global state beside the observations, an image if they are.
+    ``absent``: the last agent is marked absent from step 2 on; with a mask it can do nothing but action 0 then.
     """
 
-    def __init__(self, n_agents=3, max_steps=5, mask=False, rgb=False, state=False, absent=False, seed=0):
+    def __init__(self, n_agents=3, max_steps=5, mask=False, rgb=False, nested=False, state=False, absent=False, seed=0):
         super().__init__(device="cpu", batch_size=[])
         self.n_agents, self.max_steps = n_agents, max_steps
-        self.mask, self.rgb, self.state, self.absent = mask, rgb, state, absent
+        self.mask, self.rgb, self.nested, self.state, self.absent = mask, rgb, nested, state, absent
         self._set_seed(seed)
         observation = Unbounded((n_agents, 8, 8, 3), dtype=torch.uint8) if rgb else Unbounded((n_agents, N_ACTIONS))
+        if nested:
+            observation = Composite(RGB=observation, shape=(n_agents,))
         agents = Composite(observation=observation, shape=(n_agents,))
         if mask:
             agents["action_mask"] = Binary(N_ACTIONS, (n_agents, N_ACTIONS), dtype=torch.bool)
         if absent:
             agents["mask"] = Binary(n_agents, (n_agents,), dtype=torch.bool)
         self.observation_spec = Composite(agents=agents)
-        if state:
+        if state and rgb:
+            self.observation_spec["RGB"] = Unbounded((16, 16, 3), dtype=torch.uint8)
+        elif state:
             self.observation_spec["state"] = Unbounded((n_agents * N_ACTIONS,))
         self.action_spec = Composite(agents=Composite(action=Categorical(N_ACTIONS, (n_agents,)), shape=(n_agents,)))
         self.reward_spec = Composite(agents=Composite(reward=Unbounded((n_agents, 1)), shape=(n_agents,)))
@@ -44,13 +49,19 @@ class StandIn(EnvBase):
         hot = torch.nn.functional.one_hot(self.goal, N_ACTIONS).float()
         agents = {"observation": hot}
         if self.rgb:
-            agents["observation"] = (self.goal * 60).view(-1, 1, 1, 1).expand(-1, 8, 8, 3).to(torch.uint8)
+            image = (self.goal * 60).view(-1, 1, 1, 1).expand(-1, 8, 8, 3).to(torch.uint8)
+            agents["observation"] = TensorDict(RGB=image, batch_size=self.n_agents) if self.nested else image
         if self.mask:
             agents["action_mask"] = (torch.rand(hot.shape, generator=self.generator) < 0.5) | hot.bool()
         if self.absent:
             agents["mask"] = torch.arange(self.n_agents) < self.n_agents - (self.step_count >= 2)
+        if self.mask and self.absent:
+            nothing = torch.arange(N_ACTIONS) == 0
+            agents["action_mask"] = torch.where(agents["mask"].unsqueeze(-1), agents["action_mask"], nothing)
         out = TensorDict(agents=TensorDict(agents, batch_size=self.n_agents))
-        if self.state:
+        if self.state and self.rgb:
+            out["RGB"] = image[0].repeat(2, 2, 1)
+        elif self.state:
             out["state"] = hot.flatten()
         return out
 
@@ -66,16 +77,6 @@ class StandIn(EnvBase):
         out = self._observe().update({"done": done, "terminated": done.clone()})
         out["agents", "reward"] = reward
         return out
-
-
-class _ToFloat(Transform):
-    """What BenchMARL's MeltingPot task does to its images in the replay buffer."""
-
-    def forward(self, tensordict):
-        for key in (("agents", "observation"), ("next", "agents", "observation")):
-            if key in tensordict.keys(True):
-                tensordict.set(key, tensordict.get(key).float())
-        return tensordict
 
 
 class StandInTask(TaskClass):
@@ -118,13 +119,21 @@ class StandInTask(TaskClass):
         return None
 
     def state_spec(self, env):
-        return Composite(state=env.observation_spec["state"].clone()) if self.config.get("state") else None
+        if not self.config.get("state"):
+            return None
+        key = "RGB" if self.config.get("rgb") else "state"
+        return Composite({key: env.observation_spec[key].clone()})
 
     def action_spec(self, env):
         return env.full_action_spec
 
     def get_replay_buffer_transforms(self, env, group):
-        return [_ToFloat()] if self.config.get("rgb") else []
+        if not self.config.get("rgb"):
+            return []
+        image = ("agents", "observation", "RGB") if self.config.get("nested") else ("agents", "observation")
+        keys = [image, *([("RGB")] if self.config.get("state") else [])]
+        keys += [("next", *((key,) if isinstance(key, str) else key)) for key in keys]
+        return [DTypeCastTransform(torch.uint8, torch.float, in_keys=keys, in_keys_inv=[])]  # as BenchMARL's MeltingPot
 
     @staticmethod
     def env_name():

@@ -4,11 +4,13 @@
     python tests/matrix.py --rows vmas/balance    # the rows whose names contain one of these words
 
 A cell is one algorithm on one row: an iteration of 40 frames and one evaluation, episodes cut to 5 steps where the task
-has a setting for it. It passes if all parameters are finite afterwards. Each row runs in a process of its own. What a
-cell gave is appended to outputs/matrix/cells.jsonl; the next call runs what has not passed yet (--again runs all).
+has a setting for it. It passes if the evaluation is reported and all parameters are finite afterwards. Each row runs in
+a process of its own. What a cell gave is appended to outputs/matrix/cells.jsonl; the next call runs what has not passed
+yet with the present code (--again runs all).
 """
 
 import argparse
+import hashlib
 import json
 import signal
 import subprocess
@@ -18,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +38,11 @@ from benchmarl_trust import ALGORITHMS
 
 ROOT = Path(__file__).parents[1]
 CELLS, TABLE = ROOT / "outputs" / "matrix" / "cells.jsonl", ROOT / "docs" / "matrix.md"
+#: What a cell depends on; a change of it makes all cells old.
+SOURCES = sorted(
+    [*(ROOT / "benchmarl_trust").rglob("*.py"), *(ROOT / "conf").rglob("*.yaml"), *ROOT.glob("tests/*.py")]
+)
+CODE = hashlib.sha256(b"".join(file.read_bytes() for file in SOURCES if "test_" not in file.name)).hexdigest()[:12]
 #: Seconds that one cell may take.
 LIMIT = 300
 COLUMNS = ["mappo", *ALGORITHMS]
@@ -63,14 +71,15 @@ MODELS = {
     "gru": Model(lambda: GruConfig(**RNN)),
     "lstm": Model(lambda: LstmConfig(**RNN)),
     "cnn": Model(images, task=lambda: StandInTask(rgb=True)),
+    "deepsets": Model(lambda: DeepsetsConfig(**SETS)),
     "deepsets critic": Model(numbers, lambda: DeepsetsConfig(**SETS)),
     "gnn→mlp": Model(lambda: sequence(gnn(), mlp(4))),
     "mlp→gru": Model(lambda: sequence(mlp(4), GruConfig(**RNN))),
 }
 #: Tasks whose engines cannot be installed from a package index: environments with their specs stand in.
 STAND_INS = {
-    "smacv2 (specs only)": lambda: StandInTask(mask=True, state=True, absent=True),
-    "meltingpot (specs only)": lambda: StandInTask(rgb=True),
+    "smacv2, 15 tasks (specs only)": lambda: StandInTask(mask=True, state=True, absent=True),
+    "meltingpot, 49 tasks (specs only)": lambda: StandInTask(rgb=True, nested=True, state=True),
 }
 #: Groups of unlike agents that are paid alike, by task; the others of a task are outside the team.
 TEAMS = {
@@ -151,7 +160,8 @@ def make_config(folder: str, **settings) -> ExperimentConfig:
     config.on_policy_collected_frames_per_batch, config.on_policy_n_envs_per_worker = 40, 4
     config.on_policy_n_minibatch_iters, config.on_policy_minibatch_size = 1, 20
     config.evaluation, config.evaluation_interval, config.evaluation_episodes = True, 40, 2
-    config.share_policy_params, config.render, config.loggers, config.create_json = False, False, [], False
+    config.share_policy_params, config.render, config.loggers = False, False, []
+    config.create_json = True  # without a logger BenchMARL evaluates for its report alone
     for key, value in settings.items():
         setattr(config, key, value)
     return config
@@ -178,6 +188,8 @@ def run_cell(row: Row, algorithm: str, folder: str) -> None:
         critic_model_config=row.critic() if row.critic else None,
     )
     experiment.run()
+    if not any(key.startswith("step_") for key in experiment.logger.json_writer.run_data):
+        raise RuntimeError("no evaluation is in the report")
     for loss in experiment.losses.values():
         for name, parameter in loss.named_parameters():
             if not parameter.isfinite().all():
@@ -207,23 +219,28 @@ def work(row: Row, algorithms: list[str]) -> None:
             finally:
                 signal.alarm(0)
         seconds = round(time.perf_counter() - start, 1)
-        print(json.dumps({"row": row.name, "algorithm": algorithm, "why": why, "seconds": seconds}), flush=True)
+        cell = {"row": row.name, "algorithm": algorithm, "why": why, "seconds": seconds}
+        print(f"\n{json.dumps(cell)}", flush=True)  # behind whatever an environment has printed
 
 
 def run_row(row: Row, algorithms: list[str], save: Callable[[dict], None]) -> None:
     """Start the row's process; if a cell ends it, note that and go on behind that cell."""
     while algorithms:
         command = [sys.executable, "-W", "ignore", __file__, "--worker", row.name, "--algorithms", *algorithms]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        lines = [line for line in done.stdout.splitlines() if line.startswith('{"row"')]
-        cells = [json.loads(line) for line in lines]
-        for cell in cells:
-            save(cell)
-        algorithms = algorithms[len(cells) :]
-        if algorithms and done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1][:200]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, timeout=(LIMIT + 60) * len(algorithms)
+            )
+            output, last = done.stdout, (done.stderr.strip().splitlines() or ["no message"])[-1][:200]
             why = f"its process ended with {done.returncode}: {last}"
-            save({"row": row.name, "algorithm": algorithms.pop(0), "why": why, "seconds": None})
+        except subprocess.TimeoutExpired as late:  # what no signal ends
+            output, why = (late.stdout or b"").decode(), "its process hung"
+        for cell in (json.loads(line) for line in output.splitlines() if line.startswith('{"row"')):
+            save(cell | {"code": CODE})
+            algorithms = [name for name in algorithms if name != cell["algorithm"]]
+        if algorithms:
+            cell, *algorithms = algorithms
+            save({"row": row.name, "algorithm": cell, "why": why, "seconds": None, "code": CODE})
 
 
 ########
@@ -232,11 +249,11 @@ def run_row(row: Row, algorithms: list[str], save: Callable[[dict], None]) -> No
 
 
 def read_cells() -> dict[tuple[str, str], dict]:
-    """The newest result of each cell."""
+    """The newest result of each cell that was run with the present code."""
     if not CELLS.exists():
         return {}
     cells = [json.loads(line) for line in CELLS.read_text().splitlines()]
-    return {(cell["row"], cell["algorithm"]): cell for cell in cells}
+    return {(cell["row"], cell["algorithm"]): cell for cell in cells if cell["code"] == CODE}
 
 
 def symbol(row: Row, algorithm: str, cells: dict) -> str:
@@ -248,7 +265,13 @@ def symbol(row: Row, algorithm: str, cells: dict) -> str:
         return "?"
     if cell["why"] is None:
         return "✓"
-    return "upstream" if cells.get((row.name, "mappo"), {}).get("why") else "**fails**"
+    mappo = cells.get((row.name, "mappo"), {}).get("why") or ""
+    return "upstream" if kind(cell["why"]) == kind(mappo) else "**fails**"
+
+
+def kind(why: str) -> str:
+    """The kind of an error: what stands before its message."""
+    return why.split(":")[0]
 
 
 def table(all_rows: list[Row], cells: dict) -> str:
@@ -260,6 +283,9 @@ def table(all_rows: list[Row], cells: dict) -> str:
     counts = f"{len(shown) - shown.count('–')} cells: {shown.count('✓')} pass, "
     counts += f"{shown.count('upstream')} fail with MAPPO too, "
     counts += f"{shown.count('**fails**')} fail with ours alone, {shown.count('?')} have not been run."
+    seconds = sum(cell["seconds"] or 0 for cell in cells.values())
+    versions = ", ".join(f"{name} {version(name)}" for name in ("benchmarl", "torchrl", "torch", "vmas"))
+    counts += f" They took {seconds / 60:.0f} minutes of one core. Versions: {versions}."
     why = {
         f"- {row.name}, {algorithm}: `{cells[row.name, algorithm]['why']}`"
         for row in all_rows
@@ -271,8 +297,8 @@ def table(all_rows: list[Row], cells: dict) -> str:
         "# Where the algorithms run\n\nWritten by `make matrix`, see `tests/matrix.py` for what a cell is. *upstream*: "
     )
     head += (
-        "BenchMARL's MAPPO fails there as well. *specs only*: an environment with the suite's specs stands in for it. "
-        "*teams*: groups that are paid alike form one team, for the algorithms that have teams."
+        "BenchMARL's MAPPO fails there with the same kind of error. *specs only*: an environment with the suite's "
+        "specs stands in for it. *teams*: groups that are paid alike form one team, for the algorithms that have teams."
     )
     reasons = "\n".join(["## What went wrong", "", *sorted(why)]) + "\n" if why else ""
     return f"{head}\n\n{counts}\n\n{engines}\n\n" + "\n".join(lines) + "\n" + (f"\n{reasons}" if reasons else "")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from benchmarl.environments import PettingZooTask
@@ -138,9 +139,9 @@ def test_custom_task(load):
 def test_custom_callback(load):
     experiment = load("custom_callback").make_experiment(2, frames=300)
     experiment.run()
-    assert scalars(experiment)["train_agents_lr"] == [pytest.approx(1.5e-4), 0]
+    assert scalars(experiment)["train_lr"] == pytest.approx([3e-4, 1.5e-4])
     rates = {group["lr"] for o in experiment.optimizers["agents"].values() for group in o.param_groups}
-    assert rates == {0}
+    assert rates == {1.5e-4}
 
 
 TINY = ["experiment=vmas_laptop", "experiment.max_n_frames=200", *SMALL, "critic_model.num_cells=[8]"]
@@ -167,28 +168,34 @@ def test_copies_with_a_seed_of_their_own_start_differently(own, load, make_exper
 
 def test_sweep(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    command = ["bash", EXAMPLES / "sweep.sh", tmp_path / "sweep", "algorithm=mappo,happo", "seed=3", *TINY[1:]]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        [*map(str, command)], capture_output=True, text=True, check=False, env=os.environ | {"PATH": path}
-    )
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def sweep(*arguments):
+        command = ["bash", str(EXAMPLES / "sweep.sh"), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+    done = sweep(str(tmp_path / "sweep"), "algorithm=mappo,happo", "seed=3", *TINY[1:])
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("balance")]
     assert [row[1:4] for row in rows] == [["mappo", "1", "1"], ["happo", "1", "1"]]
+    assert "name a new folder" in sweep(str(tmp_path / "sweep")).stderr
+    assert "The first argument is a folder" in sweep("algorithm=mappo").stderr
 
 
 def test_a_cluster_is_composed():
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     with initialize_config_module("benchmarl.conf", version_base=None):
         overrides = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", "hydra.launcher.timeout_min=240"]
-        choices = ["algorithm=happo", "task=vmas/balance", "experiment=vmas_laptop"]
+        overrides += ["hydra.launcher.gpus_per_node=1"]
+        choices = ["algorithm=happo", "task=vmas/navigation", "experiment=vmas_fine_tuned"]
         cfg = compose("config", overrides=[*choices, *overrides], return_hydra_config=True)
     assert cfg.hydra.launcher._target_.endswith("SlurmLauncher")
-    assert (cfg.hydra.launcher.partition, cfg.hydra.launcher.timeout_min) == ("gpu", 240)
+    launcher = cfg.hydra.launcher
+    assert (launcher.partition, launcher.timeout_min, launcher.gpus_per_node) == ("gpu", 240, 1)
     assert cfg.algorithm.clip_epsilon == 0.2
 
 
-def test_learning_curves(run, tmp_path, script):
+def test_learning_curves(run, tmp_path, script, load):
     folder = tmp_path / "runs"
     folder.mkdir()
     for seed in (0, 1):
@@ -202,6 +209,16 @@ def test_learning_curves(run, tmp_path, script):
     rows = [line.split() for line in output.splitlines() if line.startswith("vmas/simple_spread")]
     assert [row[1:4] for row in rows] == [["mars,", "other", "2"], ["mars,", "runs", "2"]]
     assert rows[0][4:] == rows[1][4:]
+    # What a resumed run has done again counts once; where seeds have different frames, the common ones are drawn.
+    for file in folder.rglob("collection_reward_episode_reward_mean.csv"):
+        file.write_text("0,1.0\n1,2.0\n1,3.0\n")
+    learning_curves = load("learning_curves")
+    for frames, values in learning_curves.collection_curves(folder)["vmas/simple_spread"]["mars"]:
+        assert (frames.tolist(), values.tolist()) == ([40, 80], [1, 3])
+    frames, values = learning_curves._stack(
+        [(np.array([1, 2, 4]), np.arange(3.0)), (np.array([2, 3, 4]), np.arange(3.0))]
+    )
+    assert (frames.tolist(), values.tolist()) == ([2, 4], [[1, 2], [0, 2]])
     run(MarsConfig.get_from_yaml(), seed=1, save_folder=str(folder))
     assert "is there twice" in script(EXAMPLES / "learning_curves.py", folder, fails=True)
     assert "no evaluation" in script(EXAMPLES / "learning_curves.py", EXAMPLES, fails=True)

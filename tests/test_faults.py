@@ -145,11 +145,17 @@ def test_actions_at_the_bounds(case, run):
 
 
 @main_cases
-def test_actions_so_far_beyond_the_bounds_that_ratios_overflow(case, run):
-    """What they were before they were squashed is lost, ratios reach e^100. Turns that meet M = inf are undone."""
-    experiment = run(case.config(), callbacks=[Saturate(40.0)])
+def test_actions_so_far_beyond_the_bounds_that_ratios_leave_the_range_of_floats(case, run):
+    """What they were before they were squashed is lost: a small step moves log-ratios by hundreds."""
+    experiment = run(case.config(), callbacks=[Saturate(1000.0)], lr=0.3)
     check_parameters(experiment)
-    assert all(math.isfinite(value) for value in scalars(experiment)["train_agents_loss_critic"])
+    logged = scalars(experiment)
+    if case.natural:  # no step along the line keeps the bound on the KL
+        assert logged["train_agents_policy_rejected"] == [1, 1]
+    elif case.sequential:
+        assert logged["train_agents_policy_factor_max_position_1"][0] == 0
+    else:
+        assert logged["train_agents_policy_ratio_min"][1] == 0
 
 
 class OneAllowed(StandIn):
@@ -179,11 +185,13 @@ class EnvTask(StandInTask):
 
 
 @main_cases
-def test_one_allowed_action(case, run):
+def test_one_allowed_action(case, make_experiment):
     """Then there is nothing to choose: all ratios are 1, and no policy moves."""
-    experiment = run(case.config(), task=EnvTask(OneAllowed, mask=True))
-    logged = check_whole(experiment, [0, 0])
-    assert logged["train_agents_policy_kl" if case.sequential else "train_agents_kl_approx"] == [0, 0]
+    experiment = make_experiment(case.config(), task=EnvTask(OneAllowed, mask=True))
+    before = policy_parameters(experiment)
+    experiment.run()
+    check_whole(experiment, [0, 0])
+    assert all(torch.equal(before[name], value) for name, value in policy_parameters(experiment).items())
 
 
 @main_cases
@@ -252,6 +260,13 @@ def test_an_environment_that_shows_what_is_not_finite(case, env, make_experiment
     with pytest.raises(ValueError, match=r"'agents', 'observation'\) is NaN or infinite at index \[0, 1, 2\]"):
         experiment.run()
     assert all(torch.equal(before[name], value) for name, value in policy_parameters(experiment).items())
+
+
+def test_a_policy_can_still_be_called_on_tensors(make_experiment):
+    policy = make_experiment(MAIN[0].config(), task=StandInTask()).policy
+    observation = torch.zeros(3, 4)
+    by_name, by_order = policy(agents_observation=observation), policy(observation)
+    assert len(by_name) == len(by_order) > 1
 
 
 @pytest.mark.parametrize("collect_with_grad", [False, True])

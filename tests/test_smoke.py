@@ -160,8 +160,8 @@ def test_learns(case, run):
 
 @pytest.mark.gpu
 @all_cases
-@pytest.mark.parametrize("sampling_device", ["cuda", "cpu"])
-def test_cuda(case, sampling_device, run):
-    experiment = run(case.config(), train_device="cuda", buffer_device="cuda", sampling_device=sampling_device)
+@pytest.mark.parametrize(("sampling", "training"), [("cuda", "cuda"), ("cpu", "cuda"), ("cuda", "cpu")])
+def test_cuda(case, sampling, training, run):
+    experiment = run(case.config(), train_device=training, buffer_device=training, sampling_device=sampling)
     check_trained(case, experiment)
-    assert next(experiment.losses["agents"].parameters()).is_cuda
+    assert next(experiment.losses["agents"].parameters()).device.type == training

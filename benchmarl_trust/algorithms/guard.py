@@ -141,14 +141,15 @@ def last_checkpoint(experiment: Experiment) -> str:
 
 def _check_policy_input(policy: TensorDictModuleBase, args: tuple) -> None:
     """Raise if there is nothing to act on. Of this module and not of the guard, since policies are copied."""
-    tensordict = args[0]
+    if not args or not isinstance(args[0], TensorDictBase) or torch.compiler.is_compiling():
+        return  # called on tensors, by somebody who uses the policy for itself
     for key in policy.in_keys:
-        value = tensordict.get(key, None)
-        if value is None or value.is_cuda:
+        value, name = args[0].get(key, None), _path(key)[-1]
+        if value is None or value.device.type != "cpu" or name.startswith("_hidden"):
             continue
         if value.is_floating_point():
             bad, what, cure = ~value.isfinite(), "is NaN or infinite", "clamp it, or end the episode"
-        elif _path(key)[-1] == "action_mask":
+        elif name == "action_mask":
             bad, what, cure = ~value.any(-1), "allows no action", "allow one that does nothing"
         else:
             continue

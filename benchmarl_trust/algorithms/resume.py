@@ -1,5 +1,6 @@
 """What BenchMARL's checkpoints lack: an exact continuation, and a file that is whole at any moment."""
 
+import copy
 import os
 import random
 from typing import Any
@@ -15,10 +16,12 @@ KEY = "benchmarl_trust"
 
 
 class ResumeState(Callback):
-    """Saves and restores optimizer states and random generators with BenchMARL's checkpoints.
+    """Saves and restores optimizer states, random generators and the JSON report with BenchMARL's checkpoints.
 
     After a restore the same next batch gives, bit for bit, the parameters that it would have given without the
     interruption. (Environments start anew, as in BenchMARL, so the next batch itself differs.)
+
+    BenchMARL writes the report of a resumed run anew; with what is restored here it has the evaluations before too.
 
     ``Experiment.run`` seeds the global generators afresh before it collects, so their states are set once on loading
     and again when the first batch has been collected.
@@ -46,6 +49,7 @@ class ResumeState(Callback):
             },
             "generators": [[generator.device.type, generator.get_state()] for generator in self.generators],
             "random": _random_state(),
+            "report": self._report(),
         }
 
     def on_load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -70,6 +74,7 @@ class ResumeState(Callback):
         for generator, (device, generator_state) in zip(self.generators, state["generators"], strict=True):
             if generator.device.type == device:
                 generator.set_state(generator_state.cpu())
+        self._report().update(copy.deepcopy(state.get("report", {})))
         self._random_state = state["random"]
         _set_random_state(self._random_state)
 
@@ -78,6 +83,11 @@ class ResumeState(Callback):
         if self._random_state is not None:
             _set_random_state(self._random_state)
             self._random_state = None
+
+    def _report(self) -> dict[str, Any]:
+        """The evaluations in BenchMARL's JSON report, by step."""
+        writer = self.experiment.logger.json_writer
+        return {} if writer is None else writer.run_data
 
 
 class LatestCheckpoint(Callback):

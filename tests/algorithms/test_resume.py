@@ -1,5 +1,6 @@
 """After a restore the same next batch gives, bit for bit, the same parameters as without the interruption."""
 
+import json
 import random
 
 import numpy as np
@@ -130,6 +131,24 @@ def test_a_whole_checkpoint_survives_a_kill_while_one_is_written(moment, make_ex
     resumed.run()
     assert resumed.n_iters_performed == 4
     assert {file.name for file in folder.iterdir()} >= {"latest.pt", "checkpoint_160.pt"}
+
+
+def test_the_report_of_a_resumed_run_has_the_evaluations_before(make_experiment):
+    experiment = make_experiment(MarsConfig.get_from_yaml(), max_n_iters=2, checkpoint_at_end=True, create_json=True)
+    experiment.run()
+    (report,) = experiment.folder_name.glob("*.json")
+    before = json.loads(report.read_text())
+    state = torch.load(experiment.folder_name / "checkpoints" / "latest.pt")
+    resumed = make_experiment(MarsConfig.get_from_yaml(), max_n_iters=3)
+    resumed.load_state_dict(state)
+    resumed.run()
+    (report,) = resumed.folder_name.glob("*.json")
+    ((mine,),) = (tasks.values() for tasks in json.loads(report.read_text()).values())
+    ((old,),) = (tasks.values() for tasks in before.values())
+    old, mine = old["mars"]["seed_0"], mine["mars"]["seed_0"]
+    assert list(mine) == ["absolute_metrics", "step_1", "step_2", "step_3"]
+    assert all(mine[step] == old[step] for step in ("step_1", "step_2"))
+    assert mine["absolute_metrics"]["return"][0] >= old["absolute_metrics"]["return"][0]
 
 
 def test_a_state_asked_for_without_checkpoints_writes_nothing(make_experiment):

@@ -235,7 +235,7 @@ class TestTeams:
 
     @sequential
     def test_agents_that_are_absent_leave_the_factor_alone(self, case, make_experiment):
-        """The second worker is gone in three steps of five: there M is the product of the others' ratios."""
+        """The second worker is gone in three steps of five: its ratio, by which M is multiplied, is 1 there."""
         experiment = make_experiment(case.config(teams=[["scout", "workers"]]), task=CrewTask(), max_n_iters=3)
         algorithm, seen = experiment.algorithm, []
         original = algorithm._log
@@ -247,6 +247,7 @@ class TestTeams:
         algorithm._log = log
         experiment.run()
         logged = scalars(experiment)
+        assert len(seen) == 3
         for agents, infos in seen:
             absent = ~next(agent for agent in agents if "mask" in agent.data and not agent.data["mask"].all()).data[
                 "mask"
