@@ -23,14 +23,14 @@ def _two_threads():
 
 @pytest.fixture
 def experiment_config(tmp_path) -> ExperimentConfig:
-    """Two iterations of 40 frames, one evaluation; everything is written to a temporary folder."""
+    """Two iterations of 40 frames, no evaluation; everything is written to a temporary folder."""
     config = ExperimentConfig.get_from_yaml()
     config.save_folder = str(tmp_path)
     config.max_n_iters, config.max_n_frames = 2, None
     config.on_policy_collected_frames_per_batch = config.off_policy_collected_frames_per_batch = 40
     config.on_policy_n_envs_per_worker = config.off_policy_n_envs_per_worker = 4
     config.on_policy_n_minibatch_iters, config.on_policy_minibatch_size = 2, 20
-    config.evaluation, config.evaluation_interval, config.evaluation_episodes = True, 40, 2
+    config.evaluation, config.evaluation_interval, config.evaluation_episodes = False, 40, 2
     config.share_policy_params = False
     config.render = False
     config.loggers = ["csv"]

@@ -67,13 +67,13 @@ def check_one_bad_iteration(experiment):
 @values
 def test_an_advantage_that_is_not_finite(case, value, run):
     spoil = SetAdvantages(value, iteration=1, entry=(1, 2, 1))
-    check_one_bad_iteration(run(case.config(), max_n_iters=3, callbacks=[spoil]))
+    check_one_bad_iteration(run(case.config(), task=StandInTask(), max_n_iters=3, callbacks=[spoil]))
 
 
 @main_cases
 @values
 def test_a_gradient_that_is_not_finite(case, value, make_experiment):
-    experiment = make_experiment(case.config(), max_n_iters=3)
+    experiment = make_experiment(case.config(), task=StandInTask(), max_n_iters=3)
     if case.sequential:
         leaf = experiment.algorithm._policies["agents"].agents[1].parameters[0]
     else:
@@ -86,7 +86,7 @@ def test_a_gradient_that_is_not_finite(case, value, make_experiment):
 @main_cases
 def test_advantages_that_are_all_zero_move_no_policy(case, run):
     zero = SetAdvantages(0.0, iteration=0)
-    experiment = run(case.config(), max_n_iters=1, callbacks=[zero])
+    experiment = run(case.config(), task=StandInTask(), max_n_iters=1, callbacks=[zero])
     check_whole(experiment, [0])
     after = policy_parameters(experiment)
     assert all(torch.equal(after[name], value) for name, value in zero.before.items())
@@ -100,7 +100,7 @@ class PayAlike(Callback):
 @main_cases
 @pytest.mark.parametrize("over", ["batch", "per_agent"])  # where a spread of zero could divide
 def test_a_constant_reward(case, over, run):
-    experiment = run(case.config(normalize_advantage=over), callbacks=[PayAlike()])
+    experiment = run(case.config(normalize_advantage=over), task=StandInTask(), callbacks=[PayAlike()])
     check_whole(experiment, [0, 0])
 
 
@@ -223,7 +223,7 @@ class Raises(StandIn):
 @main_cases
 def test_an_environment_that_raises(case, make_experiment):
     experiment = make_experiment(
-        case.config(), task=EnvTask(Raises), max_n_iters=5, checkpoint_interval=40, evaluation=False, create_json=True
+        case.config(), task=EnvTask(Raises), max_n_iters=5, checkpoint_interval=40, create_json=True
     )
     with pytest.raises(ConnectionError, match="gone away"):
         experiment.run()
@@ -312,15 +312,14 @@ def test_shapes(case, shape, run):
 def test_the_same_seed_gives_the_same_run(case, make_experiment):
     """Bit for bit, on one machine and with one number of threads."""
     runs = []
-    for seed in (0, 0, 1):
-        experiment = make_experiment(case.config(), seed=seed)
+    for _ in range(2):
+        experiment = make_experiment(case.config(), evaluation=True)
         experiment.run()
         logged = {name: row for name, row in scalars(experiment).items() if not name.startswith("timers")}
         runs.append((list(experiment.losses["agents"].parameters()), logged))
-    (one, first), (two, second), (three, _) = runs
+    (one, first), (two, second) = runs
     assert all(torch.equal(p, q) for p, q in zip(one, two, strict=True))
     assert first == second
-    assert not all(torch.equal(p, q) for p, q in zip(one, three, strict=True))
 
 
 class Count(Callback):
@@ -331,6 +330,8 @@ class Count(Callback):
         self.counts = []
 
     def on_train_end(self, training_td, group):
+        if self.experiment.n_iters_performed not in (4, 7):  # counting takes long
+            return
         gc.collect()
         tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
         self.counts.append((tensors, len(list(Path("/proc/self/fd").iterdir()))))
@@ -342,4 +343,5 @@ def test_nothing_is_kept_from_one_iteration_to_the_next(case, run):
     """Once the optimizers have their states and GPAE its past batches. Memory: benchmarks/soak.py."""
     count = Count()
     run(case.config(), callbacks=[count], task=StandInTask(), max_n_iters=9, checkpoint_interval=40)
-    assert len(set(count.counts[4:-1])) == 1, count.counts  # behind the last one, nothing is collected
+    before, after = count.counts
+    assert before == after

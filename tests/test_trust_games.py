@@ -279,7 +279,7 @@ def test_yaml_of_a_path(tmp_path):
 @tasks
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "separate"])
 def test_run(task, share, run):
-    experiment = run(MarsConfig.get_from_yaml(), task=task.get_from_yaml(), share_policy_params=share)
+    experiment = run(MarsConfig.get_from_yaml(), task=task.get_from_yaml(), share_policy_params=share, evaluation=True)
     logged = scalars(experiment)
     # One step is one episode, and all agents get the same reward.
     episode = logged["collection_reward_episode_reward_mean"]
@@ -299,7 +299,6 @@ def test_agents_learn_to_keep_off_the_worst(run):
         MarsConfig.get_from_yaml(),
         task=TrustGamesTask.CLIMBING.get_from_yaml(),
         max_n_iters=25,
-        evaluation=False,
         on_policy_n_minibatch_iters=10,
         on_policy_collected_frames_per_batch=60,
         lr=0.01,

@@ -139,9 +139,7 @@ def config(**settings):
 @pytest.mark.parametrize("model", ["mlp", "gru"])
 def test_n_rollouts_keeps_the_newest_batches(model, make_experiment):
     models = {"mlp": lambda: mlp(8), "gru": lambda: GruConfig(**RNN)}
-    experiment = make_experiment(
-        config(n_rollouts=3), model=models[model](), critic=models[model](), max_n_iters=5, evaluation=False
-    )
+    experiment = make_experiment(config(n_rollouts=3), model=models[model](), critic=models[model](), max_n_iters=5)
     seen, ratios = [], []
     process = experiment.algorithm.process_batch
 
@@ -171,7 +169,7 @@ def test_one_rollout_computes_no_ratio(make_experiment, monkeypatch):
 
     monkeypatch.setattr(F, "trace_coefficient", refuse)
     monkeypatch.setattr(F, "importance_weight", refuse)
-    experiment = make_experiment(config(), evaluation=False)
+    experiment = make_experiment(config())
     experiment.run()
     assert "trace_mean" not in " ".join(scalars(experiment))
     assert len(experiment.replay_buffers["agents"]) == 40
@@ -194,7 +192,7 @@ def test_what_is_stored_is_what_the_loss_computes(model, make_experiment):
 
 @pytest.mark.parametrize("excluded", [False, True])
 def test_past_batches_are_in_checkpoints(make_experiment, excluded):
-    settings = {"evaluation": False, "exclude_buffer_from_checkpoint": excluded, "max_n_iters": 3}
+    settings = {"exclude_buffer_from_checkpoint": excluded, "max_n_iters": 3}
     experiment = make_experiment(config(n_rollouts=2), checkpoint_at_end=True, **settings)
     experiment.run()
     file = experiment.folder_name / "checkpoints" / "checkpoint_120.pt"
@@ -205,7 +203,7 @@ def test_past_batches_are_in_checkpoints(make_experiment, excluded):
         torch.testing.assert_close(ours["agents", "log_prob"], theirs["agents", "log_prob"])
     other.run()
     assert len(other.replay_buffers["agents"]) == 80
-    larger = make_experiment(config(n_rollouts=4), evaluation=False, max_n_iters=5, restore_file=str(file))
+    larger = make_experiment(config(n_rollouts=4), max_n_iters=5, restore_file=str(file))
     if excluded:
         larger.run()
         assert len(larger.replay_buffers["agents"]) == 80
@@ -232,7 +230,7 @@ def test_what_is_logged(run):
 
 def test_a_sample_counts_with_its_importance_weight(make_experiment):
     """The authors' clipped term, min(r A, clip(r, ρ(1-ε), ρ(1+ε)) A) with r = π_θ/μ, is what the loss computes."""
-    experiment = make_experiment(config(n_rollouts=2), evaluation=False)
+    experiment = make_experiment(config(n_rollouts=2))
     experiment.run()
     loss, batch = experiment.losses["agents"], experiment.replay_buffers["agents"].storage[:80]
     with torch.no_grad():
@@ -284,12 +282,12 @@ def test_an_ensemble_keeps_no_past_batches(make_experiment):
 
 
 def test_missing_log_probs_are_named(make_experiment):
-    experiment = make_experiment(config(n_rollouts=2), evaluation=False)
+    experiment = make_experiment(config(n_rollouts=2))
     batch = next(iter(experiment.collector)).exclude(("agents", "log_prob"))
     with pytest.raises(ValueError, match="log_prob"):
         experiment.algorithm.process_batch("agents", batch)
 
 
 def test_absent_agents_values_are_trained(make_experiment):
-    experiment = make_experiment(config(), task=StandInTask(absent=True), evaluation=False)
+    experiment = make_experiment(config(), task=StandInTask(absent=True))
     assert experiment.losses["agents"].critic_on_absent

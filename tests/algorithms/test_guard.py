@@ -45,19 +45,19 @@ def assert_equal(one, other):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def simple_tag():
-    """Two groups, adversary and agent; the latter is trained second."""
-    task = VmasTask.SIMPLE_TAG.get_from_yaml()
+def speaker_listener():
+    """Two groups; listener is trained second."""
+    task = VmasTask.SIMPLE_SPEAKER_LISTENER.get_from_yaml()
     task.config.update(max_steps=5)
     return task
 
 
 @all_cases
 def test_bad_data_is_refused_before_any_group_trains(case, make_experiment):
-    key = ("next", "agent", "reward")
+    key = ("next", "listener", "reward")
     spoil = Spoil(key, float("nan"))
     experiment = make_experiment(
-        case.config(), task=simple_tag(), callbacks=[spoil], checkpoint_interval=40, loggers=["csv"], create_json=True
+        case.config(), task=speaker_listener(), callbacks=[spoil], checkpoint_interval=40, evaluation=True
     )
     with pytest.raises(ValueError, match="NaN or infinite") as error:
         experiment.run()
@@ -66,17 +66,19 @@ def test_bad_data_is_refused_before_any_group_trains(case, make_experiment):
     assert "checkpoint_40.pt" in str(error.value)
     assert_equal(everything(experiment), spoil.before)
     # What was logged and saved before stays whole.
-    assert len(scalars(experiment)["train_agent_loss_critic"]) == 1
+    assert len(scalars(experiment)["train_listener_loss_critic"]) == 1
     assert torch.load(experiment.folder_name / "checkpoints" / "checkpoint_40.pt")
-    assert json.loads((experiment.folder_name / f"{experiment.name}.json").read_text())["vmas"]["simple_tag"]
+    assert json.loads((experiment.folder_name / f"{experiment.name}.json").read_text())["vmas"][
+        "simple_speaker_listener"
+    ]
 
 
 @all_cases
 def test_each_kind_of_bad_data_is_refused_by_name(case, make_experiment):
-    experiment = make_experiment(case.config(), task=simple_tag())
+    experiment = make_experiment(case.config(), task=speaker_listener())
     batch = next(iter(experiment.collector))
     for entry in ("observation", "reward", "action", "log_prob"):
-        key = ("next", "agent", entry) if entry == "reward" else ("agent", entry)
+        key = ("next", "listener", entry) if entry == "reward" else ("listener", entry)
         for value in (math.nan, math.inf, -math.inf):
             bad = batch.clone()
             bad.get(key)[1, 2] = value
@@ -177,7 +179,7 @@ def test_own_callbacks_once_at_the_end_and_the_list_of_the_user_untouched(make_e
     mine = [Callback()]
     config = MarsConfig.get_from_yaml()
     experiment = make_experiment(
-        EnsembleAlgorithmConfig({"adversary": config, "agent": config}), task=simple_tag(), callbacks=mine
+        EnsembleAlgorithmConfig({"speaker": config, "listener": config}), task=speaker_listener(), callbacks=mine
     )
     assert len(mine) == 1
     added = [FiniteGuard, ResumeState, LatestCheckpoint, RatioExtremes]

@@ -53,7 +53,7 @@ def test_uniform_w_is_bitwise_hatrpo(kl_total, share, run, make_experiment):
 
 @pytest.mark.parametrize("name", NATURAL)
 def test_logs_are_consistent(name, run):
-    logged = scalars(run(ALGORITHMS[name].get_from_yaml(), max_n_iters=6, evaluation=False))
+    logged = scalars(run(ALGORITHMS[name].get_from_yaml(), max_n_iters=6))
     columns = ("kl_bound", "kl_spent", "kl", "accepted_fraction", "gain_predicted", "gain_realised", "rejected")
     values = {key: agent_values(logged, key) for key in columns}
     accepted = 0
@@ -82,7 +82,7 @@ def test_logs_are_consistent(name, run):
 @pytest.mark.parametrize("name", ["hatrpow", "hatrpog"])
 def test_a_team_over_groups_shares_one_budget(name, run):
     config = configured(ALGORITHMS[name], teams=[["speaker", "listener"]])
-    logged = scalars(run(config, task=speaker_listener(), max_n_iters=4, evaluation=False))
+    logged = scalars(run(config, task=speaker_listener(), max_n_iters=4))
     bounds = zip(*(logged[f"train_{group}_policy_kl_bound_agent_0"] for group in ("speaker", "listener")), strict=True)
     spent = zip(*(logged[f"train_{group}_policy_kl_spent_agent_0"] for group in ("speaker", "listener")), strict=True)
     for pair, kl in zip(bounds, spent, strict=True):
@@ -94,7 +94,7 @@ def test_a_team_over_groups_shares_one_budget(name, run):
 
 def test_greed_orders_by_score_and_w_can(run):
     for config in (configured(HatrpoGConfig), configured(HatrpoWConfig, order="score")):
-        logged = scalars(run(config, max_n_iters=4, evaluation=False))
+        logged = scalars(run(config, max_n_iters=4))
         first = logged["train_agents_policy_order_position_0"]
         for scores, agent in zip(agent_values(logged, "score"), first, strict=True):
             # the scores of later agents are under another factor in G, which is near 1 here
@@ -198,7 +198,7 @@ class SpoilActions(Callback):
 
 @pytest.mark.parametrize("name", ["happo", *NATURAL])
 def test_what_absent_agents_did_does_not_matter(name, run):
-    experiment = run(ALGORITHMS[name].get_from_yaml(), callbacks=[SpoilActions()], evaluation=False)
+    experiment = run(ALGORITHMS[name].get_from_yaml(), callbacks=[SpoilActions()])
     logged = scalars(experiment)
     assert set(logged["train_agents_skipped_steps"]) == {0}
     assert all(value > 0 for value in logged["train_agents_policy_kl_agent_1"])

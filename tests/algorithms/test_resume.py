@@ -107,7 +107,7 @@ class _KilledError(Exception):
 def test_a_whole_checkpoint_survives_a_kill_while_one_is_written(moment, make_experiment, monkeypatch):
     """BenchMARL keeps one checkpoint here, and deletes it before it writes the next: half a file is left."""
     experiment = make_experiment(
-        MarsConfig.get_from_yaml(), max_n_iters=4, checkpoint_interval=40, keep_checkpoints_num=1, evaluation=False
+        MarsConfig.get_from_yaml(), max_n_iters=4, checkpoint_interval=40, keep_checkpoints_num=1
     )
     save, saved = torch.save, []
 
@@ -134,7 +134,7 @@ def test_a_whole_checkpoint_survives_a_kill_while_one_is_written(moment, make_ex
 
 
 def test_the_report_of_a_resumed_run_has_the_evaluations_before(make_experiment):
-    experiment = make_experiment(MarsConfig.get_from_yaml(), max_n_iters=2, checkpoint_at_end=True, create_json=True)
+    experiment = make_experiment(MarsConfig.get_from_yaml(), max_n_iters=2, checkpoint_at_end=True, evaluation=True)
     experiment.run()
     (report,) = experiment.folder_name.glob("*.json")
     before = json.loads(report.read_text())

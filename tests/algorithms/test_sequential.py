@@ -141,7 +141,7 @@ class TestOrders:
 
     def test_random_orders_are_fresh_and_seeded(self, run):
         def orders(seed):
-            logged = scalars(run(happo(), seed=seed, max_n_iters=6, evaluation=False))
+            logged = scalars(run(happo(), seed=seed, max_n_iters=6))
             return list(zip(*(logged[f"train_agents_policy_order_position_{k}"] for k in range(3)), strict=True))
 
         assert orders(0) == orders(0)
@@ -217,9 +217,7 @@ class Freeze(Callback):
 class TestTeams:
     @sequential
     def test_the_factor_crosses_groups(self, case, run):
-        experiment = run(
-            case.config(teams=[["speaker", "listener"]]), task=speaker_listener(), max_n_iters=6, evaluation=False
-        )
+        experiment = run(case.config(teams=[["speaker", "listener"]]), task=speaker_listener(), max_n_iters=6)
         logged = scalars(experiment)
         name = "train_speaker+listener_policy"
         orders = list(zip(logged[f"{name}_order_position_0"], logged[f"{name}_order_position_1"], strict=True))
