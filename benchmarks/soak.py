@@ -5,8 +5,8 @@
 
 Each algorithm trains on vmas/simple_spread in a process of its own, with evaluations, checkpoints and logs as users
 have them. Printed are the process's largest resident memory (MiB) up to iteration 50 and up to the end, their ratio,
-and the numbers of open files at both times. GPAE runs with ``n_rollouts=4``, so that its buffer is filled too. It fails
-where memory has grown by more than 5 % or a file was left open. On Linux, whose /proc it reads.
+and the numbers of open files at both times. GPAE runs with ``n_rollouts=4``, so that its buffer is filled too. The
+script fails if memory has grown by more than 5 % or a file was left open. It reads Linux's /proc.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A callback of one's own: learning rates that fall to zero over the run.
+"""A callback of one's own: learning rates that fall linearly towards zero.
 
 python examples/custom_callback.py --iterations 40
 """

@@ -15,7 +15,7 @@ if [[ $folder == *=* ]]; then
     exit 2
 fi
 if [[ -e $folder ]]; then
-    echo "$folder is there already: name a new folder." >&2
+    echo "$folder is there already: remove it, or name a new folder." >&2
     exit 2
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # one thread for each run: they share the cores

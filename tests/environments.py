@@ -15,8 +15,9 @@ class StandIn(EnvBase):
     """Agents that get reward 1 for the action whose number their observation shows; not vectorised.
 
     ``mask``: some actions are forbidden, as in SMAC. ``rgb``: observations are uint8 images, as in MeltingPot, and
-    with ``nested`` they have MeltingPot's key. ``state``: a global state beside the observations, an image if they are.
-    ``absent``: the last agent is marked absent from step 2 on; with a mask it can do nothing but action 0 then.
+    with ``nested`` they have MeltingPot's key, and a vector beside them. ``state``: a global state beside the
+    observations, an image if they are. ``absent``: the last agent is marked absent from step 2 on, and with a mask it
+    can do nothing but action 0 then; ``absent="unmarked"``: that alone tells, as in SMAC.
     """
 
     def __init__(self, n_agents=3, max_steps=5, mask=False, rgb=False, nested=False, state=False, absent=False, seed=0):
@@ -26,11 +27,11 @@ class StandIn(EnvBase):
         self._set_seed(seed)
         observation = Unbounded((n_agents, 8, 8, 3), dtype=torch.uint8) if rgb else Unbounded((n_agents, N_ACTIONS))
         if nested:
-            observation = Composite(RGB=observation, shape=(n_agents,))
+            observation = Composite(RGB=observation, INVENTORY=Unbounded((n_agents, 2)), shape=(n_agents,))
         agents = Composite(observation=observation, shape=(n_agents,))
         if mask:
             agents["action_mask"] = Binary(N_ACTIONS, (n_agents, N_ACTIONS), dtype=torch.bool)
-        if absent:
+        if absent is True:
             agents["mask"] = Binary(n_agents, (n_agents,), dtype=torch.bool)
         self.observation_spec = Composite(agents=agents)
         if state and rgb:
@@ -50,14 +51,16 @@ class StandIn(EnvBase):
         agents = {"observation": hot}
         if self.rgb:
             image = (self.goal * 60).view(-1, 1, 1, 1).expand(-1, 8, 8, 3).to(torch.uint8)
-            agents["observation"] = TensorDict(RGB=image, batch_size=self.n_agents) if self.nested else image
+            nested = TensorDict(RGB=image, INVENTORY=torch.zeros(self.n_agents, 2), batch_size=self.n_agents)
+            agents["observation"] = nested if self.nested else image
         if self.mask:
             agents["action_mask"] = (torch.rand(hot.shape, generator=self.generator) < 0.5) | hot.bool()
-        if self.absent:
-            agents["mask"] = torch.arange(self.n_agents) < self.n_agents - (self.step_count >= 2)
+        present = torch.arange(self.n_agents) < self.n_agents - (self.step_count >= 2)
+        if self.absent is True:
+            agents["mask"] = present
         if self.mask and self.absent:
             nothing = torch.arange(N_ACTIONS) == 0
-            agents["action_mask"] = torch.where(agents["mask"].unsqueeze(-1), agents["action_mask"], nothing)
+            agents["action_mask"] = torch.where(present.unsqueeze(-1), agents["action_mask"], nothing)
         out = TensorDict(agents=TensorDict(agents, batch_size=self.n_agents))
         if self.state and self.rgb:
             out["RGB"] = image[0].repeat(2, 2, 1)
@@ -131,7 +134,7 @@ class StandInTask(TaskClass):
         if not self.config.get("rgb"):
             return []
         image = ("agents", "observation", "RGB") if self.config.get("nested") else ("agents", "observation")
-        keys = [image, *([("RGB")] if self.config.get("state") else [])]
+        keys = [image, *(["RGB"] if self.config.get("state") else [])]
         keys += [("next", *((key,) if isinstance(key, str) else key)) for key in keys]
         return [DTypeCastTransform(torch.uint8, torch.float, in_keys=keys, in_keys_inv=[])]  # as BenchMARL's MeltingPot
 

@@ -38,11 +38,10 @@ from benchmarl_trust import ALGORITHMS
 
 ROOT = Path(__file__).parents[1]
 CELLS, TABLE = ROOT / "outputs" / "matrix" / "cells.jsonl", ROOT / "docs" / "matrix.md"
-#: What a cell depends on; a change of it makes all cells old.
-SOURCES = sorted(
-    [*(ROOT / "benchmarl_trust").rglob("*.py"), *(ROOT / "conf").rglob("*.yaml"), *ROOT.glob("tests/*.py")]
-)
-CODE = hashlib.sha256(b"".join(file.read_bytes() for file in SOURCES if "test_" not in file.name)).hexdigest()[:12]
+VERSIONS = {name: version(name) for name in ("benchmarl", "torchrl", "torch", "vmas")}
+#: What a cell depends on: a change of it makes all cells old.
+SOURCES = [*(ROOT / "benchmarl_trust").rglob("*.py"), *(ROOT / "conf").rglob("*.yaml"), *ROOT.glob("tests/[!t]*.py")]
+CODE = hashlib.sha256(str(VERSIONS).encode() + b"".join(file.read_bytes() for file in sorted(SOURCES))).hexdigest()[:12]
 #: Seconds that one cell may take.
 LIMIT = 300
 COLUMNS = ["mappo", *ALGORITHMS]
@@ -78,7 +77,7 @@ MODELS = {
 }
 #: Tasks whose engines cannot be installed from a package index: environments with their specs stand in.
 STAND_INS = {
-    "smacv2, 15 tasks (specs only)": lambda: StandInTask(mask=True, state=True, absent=True),
+    "smacv2, 15 tasks (specs only)": lambda: StandInTask(mask=True, state=True, absent="unmarked"),
     "meltingpot, 49 tasks (specs only)": lambda: StandInTask(rgb=True, nested=True, state=True),
 }
 #: Groups of unlike agents that are paid alike, by task; the others of a task are outside the team.
@@ -219,28 +218,26 @@ def work(row: Row, algorithms: list[str]) -> None:
             finally:
                 signal.alarm(0)
         seconds = round(time.perf_counter() - start, 1)
-        cell = {"row": row.name, "algorithm": algorithm, "why": why, "seconds": seconds}
+        cell = {"row": row.name, "algorithm": algorithm, "why": why, "seconds": seconds, "code": CODE}
         print(f"\n{json.dumps(cell)}", flush=True)  # behind whatever an environment has printed
 
 
 def run_row(row: Row, algorithms: list[str], save: Callable[[dict], None]) -> None:
-    """Start the row's process; if a cell ends it, note that and go on behind that cell."""
+    """Start the row's process; if a cell ends it, or hangs where no signal reaches, note that and go on behind it."""
     while algorithms:
         command = [sys.executable, "-W", "ignore", __file__, "--worker", row.name, "--algorithms", *algorithms]
         try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, check=False, timeout=(LIMIT + 60) * len(algorithms)
-            )
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=4 * LIMIT)
             output, last = done.stdout, (done.stderr.strip().splitlines() or ["no message"])[-1][:200]
             why = f"its process ended with {done.returncode}: {last}"
-        except subprocess.TimeoutExpired as late:  # what no signal ends
-            output, why = (late.stdout or b"").decode(), "its process hung"
+        except subprocess.TimeoutExpired as late:
+            output, why = (late.stdout or b"").decode(), f"its process hung, or the row took over {4 * LIMIT} s"
         for cell in (json.loads(line) for line in output.splitlines() if line.startswith('{"row"')):
-            save(cell | {"code": CODE})
+            save(cell)
             algorithms = [name for name in algorithms if name != cell["algorithm"]]
         if algorithms:
-            cell, *algorithms = algorithms
-            save({"row": row.name, "algorithm": cell, "why": why, "seconds": None, "code": CODE})
+            first, *algorithms = algorithms
+            save({"row": row.name, "algorithm": first, "why": why, "seconds": None, "code": CODE})
 
 
 ########
@@ -253,7 +250,7 @@ def read_cells() -> dict[tuple[str, str], dict]:
     if not CELLS.exists():
         return {}
     cells = [json.loads(line) for line in CELLS.read_text().splitlines()]
-    return {(cell["row"], cell["algorithm"]): cell for cell in cells if cell["code"] == CODE}
+    return {(cell["row"], cell["algorithm"]): cell for cell in cells if cell.get("code") == CODE}
 
 
 def symbol(row: Row, algorithm: str, cells: dict) -> str:
@@ -265,13 +262,8 @@ def symbol(row: Row, algorithm: str, cells: dict) -> str:
         return "?"
     if cell["why"] is None:
         return "✓"
-    mappo = cells.get((row.name, "mappo"), {}).get("why") or ""
-    return "upstream" if kind(cell["why"]) == kind(mappo) else "**fails**"
-
-
-def kind(why: str) -> str:
-    """The kind of an error: what stands before its message."""
-    return why.split(":")[0]
+    mappo = cells.get((row.name, "mappo"), {}).get("why")
+    return "upstream" if cell["why"] == mappo else "**fails**"
 
 
 def table(all_rows: list[Row], cells: dict) -> str:
@@ -281,10 +273,10 @@ def table(all_rows: list[Row], cells: dict) -> str:
         lines.append(f"| {row.name} | " + " | ".join(symbol(row, algorithm, cells) for algorithm in COLUMNS) + " |")
     shown = [symbol(row, algorithm, cells) for row in all_rows for algorithm in COLUMNS]
     counts = f"{len(shown) - shown.count('–')} cells: {shown.count('✓')} pass, "
-    counts += f"{shown.count('upstream')} fail with MAPPO too, "
-    counts += f"{shown.count('**fails**')} fail with ours alone, {shown.count('?')} have not been run."
+    counts += f"{shown.count('upstream')} fail as MAPPO does, "
+    counts += f"{shown.count('**fails**')} fail otherwise, {shown.count('?')} have not been run."
     seconds = sum(cell["seconds"] or 0 for cell in cells.values())
-    versions = ", ".join(f"{name} {version(name)}" for name in ("benchmarl", "torchrl", "torch", "vmas"))
+    versions = ", ".join(f"{name} {number}" for name, number in VERSIONS.items())
     counts += f" They took {seconds / 60:.0f} minutes of one core. Versions: {versions}."
     why = {
         f"- {row.name}, {algorithm}: `{cells[row.name, algorithm]['why']}`"
@@ -297,7 +289,7 @@ def table(all_rows: list[Row], cells: dict) -> str:
         "# Where the algorithms run\n\nWritten by `make matrix`, see `tests/matrix.py` for what a cell is. *upstream*: "
     )
     head += (
-        "BenchMARL's MAPPO fails there with the same kind of error. *specs only*: an environment with the suite's "
+        "BenchMARL's MAPPO fails there with the same error. *specs only*: an environment with the suite's "
         "specs stands in for it. *teams*: groups that are paid alike form one team, for the algorithms that have teams."
     )
     reasons = "\n".join(["## What went wrong", "", *sorted(why)]) + "\n" if why else ""
@@ -332,8 +324,12 @@ def main() -> None:
 
     with ThreadPoolExecutor(args.processes) as pool:
         list(pool.map(lambda row: run_row(row, missing[row.name], save), chosen))
+    page = table(all_rows, read_cells())
+    if "| ? |" in page:
+        print(f"\n{TABLE} stays as it is: some cells have not been run with the present code.")
+        return
     TABLE.parent.mkdir(exist_ok=True)
-    TABLE.write_text(table(all_rows, read_cells()))
+    TABLE.write_text(page)
     print(f"\nWrote {TABLE}")
 
 

@@ -14,6 +14,7 @@ import torch
 from benchmarl.environments import PettingZooTask
 from conftest import scalars
 from hydra import compose, initialize_config_module
+from torchrl.envs import ParallelEnv
 
 from benchmarl_trust import MarsConfig
 
@@ -148,12 +149,20 @@ TINY = ["experiment=vmas_laptop", "experiment.max_n_frames=200", *SMALL, "critic
 
 
 @pytest.mark.filterwarnings("ignore:A lambda function was passed to ParallelEnv")
-def test_parallel_collection(tmp_path, script):
+def test_parallel_collection(tmp_path, script, monkeypatch):
     pytest.importorskip("pettingzoo")
     settings = [*TINY, "task=pettingzoo/simple_speaker_listener", "task.max_cycles=5", "algorithm=happo"]
     settings += ["experiment.parallel_collection=True", "experiment.on_policy_n_envs_per_worker=2"]
     settings += ["experiment.evaluation=False", "experiment.create_json=False", f"hydra.run.dir={tmp_path}"]
+    seeds, set_seed = [], ParallelEnv.set_seed
+
+    def watched(env, seed, **kwargs):
+        seeds.append(seed)
+        return set_seed(env, seed, **kwargs)
+
+    monkeypatch.setattr(ParallelEnv, "set_seed", watched)
     script(EXAMPLES / "parallel_collection.py", *settings)
+    assert seeds == [0]
     (kl,) = tmp_path.rglob("train_speaker_policy_kl.csv")
     assert float(kl.read_text().split(",")[1]) > 0
 

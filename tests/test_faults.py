@@ -222,9 +222,7 @@ class Raises(StandIn):
 
 @main_cases
 def test_an_environment_that_raises(case, make_experiment):
-    experiment = make_experiment(
-        case.config(), task=EnvTask(Raises), max_n_iters=5, checkpoint_interval=40, create_json=True
-    )
+    experiment = make_experiment(case.config(), task=EnvTask(Raises), max_n_iters=5, checkpoint_interval=40)
     with pytest.raises(ConnectionError, match="gone away"):
         experiment.run()
     assert experiment.n_iters_performed == 2
@@ -296,8 +294,7 @@ SHAPES = {
 def test_shapes(case, shape, run):
     settings = dict(SHAPES[shape])
     if "frames" in settings:
-        frames = settings.pop("frames")
-        settings |= {"on_policy_collected_frames_per_batch": frames, "evaluation_interval": frames}
+        settings["on_policy_collected_frames_per_batch"] = settings.pop("frames")
     config = {key: settings.pop(key) for key in ("max_steps", "n_agents") if key in settings}
     experiment = run(case.config(), task=StandInTask(**config), **settings)
     check_whole(experiment, [0, 0])
@@ -322,8 +319,13 @@ def test_the_same_seed_gives_the_same_run(case, make_experiment):
     assert first == second
 
 
+def test_another_seed_gives_another_run(run):
+    one, other = (policy_parameters(run(MAIN[0].config(), seed=seed)) for seed in (0, 1))
+    assert not any(torch.equal(one[name], other[name]) for name in one)
+
+
 class Count(Callback):
-    """Counts the tensors that are alive and the files that are open, at the end of each iteration."""
+    """Counts the tensors that are alive and the files that are open, in two iterations."""
 
     def __init__(self):
         super().__init__()

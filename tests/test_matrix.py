@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import subprocess
 
 import pytest
 from matrix import COLUMNS, read_cells, rows, run_cell, run_row, table
@@ -58,22 +59,36 @@ def test_a_row_in_its_process_and_the_table(tmp_path, monkeypatch):
     failed = {"row": row.name, "algorithm": "mars", "why": "ValueError: no", "seconds": None}
     known = {(cell["row"], cell["algorithm"]): cell for cell in [*cells, failed]}
     page = table([row], known)
-    assert f"{len(COLUMNS)} cells: 2 pass, 0 fail with MAPPO too, 1 fail with ours alone" in page
+    assert f"{len(COLUMNS)} cells: 2 pass, 0 fail as MAPPO does, 1 fail otherwise" in page
     assert "- vmas/balance discrete, mars: `ValueError: no`" in page
-    known[row.name, "mappo"] = failed | {"algorithm": "mappo", "why": "ValueError: so"}
-    assert "2 fail with MAPPO too, 0 fail with ours alone" in table([row], known)
+    known[row.name, "mappo"] = failed | {"algorithm": "mappo"}
+    assert "2 fail as MAPPO does, 0 fail otherwise" in table([row], known)
     known[row.name, "mappo"] = failed | {"algorithm": "mappo", "why": "KeyError: other"}
-    assert "1 fail with MAPPO too, 1 fail with ours alone" in table([row], known)
+    assert "1 fail as MAPPO does, 1 fail otherwise" in table([row], known)
     monkeypatch.setattr("matrix.CELLS", tmp_path / "cells.jsonl")
     assert read_cells() == {}
-    lines = [json.dumps(cell) for cell in (cells[0], failed | {"code": "of before"})]
+    lines = [json.dumps(cell) for cell in (cells[0], failed, failed | {"code": "of before"})]
     (tmp_path / "cells.jsonl").write_text("\n".join(lines))
     assert read_cells() == {(row.name, "mappo"): cells[0]}
 
 
-def test_a_process_that_ends_without_a_word_is_noted(monkeypatch):
-    monkeypatch.setattr("matrix.__file__", "-c")  # then the rest of the command line is Python's: a syntax error
+def test_a_process_that_ends_by_itself_is_noted(monkeypatch):
+    monkeypatch.setattr("matrix.__file__", "there_is_no_such_file.py")
     cells = []
     run_row(ROWS[0], ["mappo", "mars"], cells.append)
     assert [cell["algorithm"] for cell in cells] == ["mappo", "mars"]
-    assert all("its process ended with" in cell["why"] for cell in cells)
+    assert all("its process ended with 2" in cell["why"] for cell in cells)
+
+
+def test_a_process_that_hangs_is_noted(monkeypatch):
+    outputs = [b'{"row": "a", "algorithm": "mappo", "why": null}\n', None]
+
+    def hang(*args, timeout, **kwargs):
+        raise subprocess.TimeoutExpired("python", timeout, output=outputs.pop(0))
+
+    monkeypatch.setattr(subprocess, "run", hang)
+    cells = []
+    run_row(ROWS[0], ["mappo", "mars", "happo"], cells.append)
+    assert [cell["algorithm"] for cell in cells] == ["mappo", "mars", "happo"]
+    assert cells[0]["why"] is None
+    assert all("hung" in cell["why"] for cell in cells[1:])

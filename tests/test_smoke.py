@@ -163,6 +163,8 @@ def test_learns(case, run):
 @all_cases
 @pytest.mark.parametrize(("sampling", "training"), [("cuda", "cuda"), ("cpu", "cuda"), ("cuda", "cpu")])
 def test_cuda(case, sampling, training, run):
-    experiment = run(case.config(), train_device=training, buffer_device=training, sampling_device=sampling)
+    devices = {"train_device": training, "buffer_device": training, "sampling_device": sampling}
+    experiment = run(case.config(), evaluation=True, **devices)
     check_trained(case, experiment)
+    assert len(scalars(experiment)["eval_reward_episode_reward_mean"]) == 2
     assert next(experiment.losses["agents"].parameters()).device.type == training

@@ -142,11 +142,11 @@ def last_checkpoint(experiment: Experiment) -> str:
 def _check_policy_input(policy: TensorDictModuleBase, args: tuple) -> None:
     """Raise if there is nothing to act on. Of this module and not of the guard, since policies are copied."""
     if not args or not isinstance(args[0], TensorDictBase) or torch.compiler.is_compiling():
-        return  # called on tensors, by somebody who uses the policy for itself
+        return  # called on tensors by somebody who uses the policy for itself, or compiled
     for key in policy.in_keys:
         value, name = args[0].get(key, None), _path(key)[-1]
         if value is None or value.device.type != "cpu" or name.startswith("_hidden"):
-            continue
+            continue  # a recurrent policy's state is its own, not the environment's
         if value.is_floating_point():
             bad, what, cure = ~value.isfinite(), "is NaN or infinite", "clamp it, or end the episode"
         elif name == "action_mask":

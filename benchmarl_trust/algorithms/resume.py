@@ -49,7 +49,7 @@ class ResumeState(Callback):
             },
             "generators": [[generator.device.type, generator.get_state()] for generator in self.generators],
             "random": _random_state(),
-            "report": self._report(),
+            "report": copy.deepcopy(self._report()),
         }
 
     def on_load_state_dict(self, state_dict: dict[str, Any]) -> None:
