@@ -14,7 +14,7 @@ from cases import CASES
 from conftest import policy_parameters, scalars
 from environments import CrewTask, StandInTask
 
-from benchmarl_trust import ClipHappoConfig, HappoConfig
+from benchmarl_trust import ALGORITHMS, ClipHappoConfig, HappoConfig
 from benchmarl_trust.algorithms import sequential_clip as sequential_module
 
 sequential = pytest.mark.parametrize(
@@ -501,6 +501,38 @@ def test_a_bad_turn_is_counted_and_harms_nobody(case, share, make_experiment):
     assert logged["train_agents_policy_kl_agent_0"][1] > 0
     if not share:
         assert logged["train_agents_policy_kl_agent_1"][1] == 0
+
+
+class OverflowFactor(Callback):
+    """Lowers an old log-prob of the agent that moves first by 100, so that its ratio is e^100 there."""
+
+    def on_setup(self):
+        algorithm = self.experiment.algorithm
+        original = algorithm._sweep
+
+        def swept(team, agents, order):
+            agents[order[0]].data["old_log_prob"][3] -= 100
+            agents[order[0]].data["advantage"][3] = 1.0
+            return original(team, agents, order)
+
+        algorithm._sweep = swept
+
+
+@pytest.mark.parametrize("name", ["happo", "cliphappo", "hatrpo", "cliphatrpo"])
+def test_turns_that_meet_an_infinite_factor_are_undone_unless_it_is_capped(name, make_experiment):
+    config = ALGORITHMS[name].get_from_yaml()
+    config.fixed_order = [1, 0, 2]
+    experiment = make_experiment(config, callbacks=[OverflowFactor()], max_n_iters=1)
+    before = policy_parameters(experiment)
+    experiment.run()
+    logged = scalars(experiment)
+    capped = name.startswith("clip")
+    assert logged["train_agents_policy_factor_max_position_1"] == [math.inf]
+    assert logged["train_agents_skipped_steps"] == [0 if capped else 2]
+    after = policy_parameters(experiment)
+    for agent in (0, 2):
+        assert all(torch.equal(before[key][agent], after[key][agent]) != capped for key in before)
+    assert all(value.isfinite().all() for value in after.values())
 
 
 def test_three_bad_iterations_in_a_row_end_the_run(make_experiment):
