@@ -7,6 +7,9 @@ Shapes: ``[*]`` stands for any batch dimensions, such as [B] or [B, T]; N is the
 import torch
 from torch import Tensor
 
+#: The largest log M that weighs a loss without a cap.
+LOG_FACTOR_BOUND = 20.0
+
 
 def log_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor | None = None) -> Tensor:
     """The log-ratio x = log π_θ - log π_old, 0 where an agent is absent.
@@ -85,9 +88,10 @@ def factor_weight(log_factor: Tensor, clip: bool) -> Tensor:
         M = \prod_{j \text{ before } i} r_j
 
     The chain itself is never clipped: the cap is applied where M enters a loss. With it the variance of w(M) A is at
-    most E[A²], however many agents came before.
+    most E[A²], however many agents came before. Without it an M above e^20 = 5e8 counts as that: policies at the bounds
+    of their actions can have ratios beyond the range of floats, which would make every later turn's loss infinite.
 
-    Source: Kuba et al. 2022, arXiv 2109.11251; the cap: Le & Ta, arXiv 2606.25526 (the authors' code).
+    Source: Kuba et al. 2022, arXiv 2109.11251; the cap: Le & Ta, arXiv 2606.25526 (the authors' code); e^20: ours.
 
     Args:
         log_factor (Tensor): log M, [*].
@@ -99,7 +103,7 @@ def factor_weight(log_factor: Tensor, clip: bool) -> Tensor:
         >>> factor_weight(torch.tensor([0.5, 2.0]).log(), clip=True)
         tensor([0.5000, 1.0000])
     """
-    return (log_factor.clamp(max=0) if clip else log_factor).exp()
+    return log_factor.clamp(max=0 if clip else LOG_FACTOR_BOUND).exp()
 
 
 def check_same_shape(**tensors: Tensor) -> None:
