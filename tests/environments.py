@@ -11,7 +11,34 @@ from torchrl.envs import DTypeCastTransform, EnvBase
 N_ACTIONS = 4
 
 
-class StandIn(EnvBase):
+class Episodes(EnvBase):
+    """Episodes of ``max_steps`` steps, not vectorised; a subclass has ``_observe`` and ``_rewards`` by group."""
+
+    def __init__(self, max_steps, seed):
+        super().__init__(device="cpu", batch_size=[])
+        self.max_steps = max_steps
+        self._set_seed(seed)
+        self.done_spec = Composite(done=Binary(1, (1,), dtype=torch.bool), terminated=Binary(1, (1,), dtype=torch.bool))
+
+    def _set_seed(self, seed):
+        self.generator = torch.Generator().manual_seed(seed or 0)
+
+    def _reset(self, tensordict=None, **kwargs):
+        self.step_count = 0
+        done = torch.zeros(1, dtype=torch.bool)
+        return self._observe().update({"done": done, "terminated": done.clone()})
+
+    def _step(self, tensordict):
+        rewards = self._rewards(tensordict)  # for what was shown before
+        self.step_count += 1
+        done = torch.tensor([self.step_count >= self.max_steps])
+        out = self._observe().update({"done": done, "terminated": done.clone()})
+        for group, reward in rewards.items():
+            out[group, "reward"] = reward
+        return out
+
+
+class StandIn(Episodes):
     """Agents that get reward 1 for the action whose number their observation shows; not vectorised.
 
     ``mask``: some actions are forbidden, as in SMAC. ``rgb``: observations are uint8 images, as in MeltingPot, and
@@ -21,10 +48,9 @@ class StandIn(EnvBase):
     """
 
     def __init__(self, n_agents=3, max_steps=5, mask=False, rgb=False, nested=False, state=False, absent=False, seed=0):
-        super().__init__(device="cpu", batch_size=[])
-        self.n_agents, self.max_steps = n_agents, max_steps
+        super().__init__(max_steps, seed)
+        self.n_agents = n_agents
         self.mask, self.rgb, self.nested, self.state, self.absent = mask, rgb, nested, state, absent
-        self._set_seed(seed)
         observation = Unbounded((n_agents, 8, 8, 3), dtype=torch.uint8) if rgb else Unbounded((n_agents, N_ACTIONS))
         if nested:
             observation = Composite(RGB=observation, INVENTORY=Unbounded((n_agents, 2)), shape=(n_agents,))
@@ -40,10 +66,6 @@ class StandIn(EnvBase):
             self.observation_spec["state"] = Unbounded((n_agents * N_ACTIONS,))
         self.action_spec = Composite(agents=Composite(action=Categorical(N_ACTIONS, (n_agents,)), shape=(n_agents,)))
         self.reward_spec = Composite(agents=Composite(reward=Unbounded((n_agents, 1)), shape=(n_agents,)))
-        self.done_spec = Composite(done=Binary(1, (1,), dtype=torch.bool), terminated=Binary(1, (1,), dtype=torch.bool))
-
-    def _set_seed(self, seed):
-        self.generator = torch.Generator().manual_seed(seed or 0)
 
     def _observe(self) -> TensorDict:
         self.goal = torch.randint(N_ACTIONS, (self.n_agents,), generator=self.generator)
@@ -68,28 +90,20 @@ class StandIn(EnvBase):
             out["state"] = hot.flatten()
         return out
 
-    def _reset(self, tensordict=None, **kwargs):
-        self.step_count = 0
-        done = torch.zeros(1, dtype=torch.bool)
-        return self._observe().update({"done": done, "terminated": done.clone()})
-
-    def _step(self, tensordict):
-        reward = (tensordict["agents", "action"] == self.goal).float().unsqueeze(-1)
-        self.step_count += 1
-        done = torch.tensor([self.step_count >= self.max_steps])
-        out = self._observe().update({"done": done, "terminated": done.clone()})
-        out["agents", "reward"] = reward
-        return out
+    def _rewards(self, tensordict):
+        return {"agents": (tensordict["agents", "action"] == self.goal).float().unsqueeze(-1)}
 
 
 class StandInTask(TaskClass):
-    """:class:`StandIn` as a BenchMARL task; ``config`` holds its arguments."""
+    """:class:`StandIn`, or another of these, as a BenchMARL task; ``config`` holds its arguments."""
+
+    env = StandIn
 
     def __init__(self, **config):
         super().__init__(name="STAND_IN", config=config)
 
     def get_env_fun(self, num_envs, continuous_actions, seed, device):
-        return lambda: StandIn(**self.config, seed=seed)
+        return lambda: self.env(**self.config, seed=seed)
 
     def supports_continuous_actions(self):
         return False
@@ -143,7 +157,7 @@ class StandInTask(TaskClass):
         return "standin"
 
 
-class Crew(EnvBase):
+class Crew(Episodes):
     """Two groups of unlike agents with one reward: a scout, and workers of whom the second is absent from step 2 on.
 
     Every agent is shown a number; all are paid the share of the agents present that name theirs.
@@ -152,9 +166,7 @@ class Crew(EnvBase):
     sizes = MappingProxyType({"scout": (1, 3), "workers": (2, N_ACTIONS)})  # group -> agents, actions
 
     def __init__(self, max_steps=5, seed=0):
-        super().__init__(device="cpu", batch_size=[])
-        self.max_steps = max_steps
-        self._set_seed(seed)
+        super().__init__(max_steps, seed)
         observation, action, reward = Composite(), Composite(), Composite()
         for group, (n, kinds) in self.sizes.items():
             seen = {"observation": Unbounded((n, kinds)), "mask": Binary(n, (n,), dtype=torch.bool)}
@@ -162,10 +174,6 @@ class Crew(EnvBase):
             action[group] = Composite(action=Categorical(kinds, (n,)), shape=(n,))
             reward[group] = Composite(reward=Unbounded((n, 1)), shape=(n,))
         self.observation_spec, self.action_spec, self.reward_spec = observation, action, reward
-        self.done_spec = Composite(done=Binary(1, (1,), dtype=torch.bool), terminated=Binary(1, (1,), dtype=torch.bool))
-
-    def _set_seed(self, seed):
-        self.generator = torch.Generator().manual_seed(seed or 0)
 
     def _observe(self) -> TensorDict:
         out, self.goals, self.masks = TensorDict(), {}, {}
@@ -176,28 +184,17 @@ class Crew(EnvBase):
             out[group] = TensorDict(observation=hot, mask=self.masks[group], batch_size=n)
         return out
 
-    def _reset(self, tensordict=None, **kwargs):
-        self.step_count = 0
-        done = torch.zeros(1, dtype=torch.bool)
-        return self._observe().update({"done": done, "terminated": done.clone()})
-
-    def _step(self, tensordict):
+    def _rewards(self, tensordict):
         right = torch.cat([tensordict[group, "action"] == self.goals[group] for group in self.sizes])
         present = torch.cat(list(self.masks.values()))
         reward = (right & present).sum() / present.sum()
-        self.step_count += 1
-        done = torch.tensor([self.step_count >= self.max_steps])
-        out = self._observe().update({"done": done, "terminated": done.clone()})
-        for group, (n, _) in self.sizes.items():
-            out[group, "reward"] = reward.expand(n, 1).clone()
-        return out
+        return {group: reward.expand(n, 1).clone() for group, (n, _) in self.sizes.items()}
 
 
 class CrewTask(StandInTask):
     """:class:`Crew` as a BenchMARL task."""
 
-    def get_env_fun(self, num_envs, continuous_actions, seed, device):
-        return lambda: Crew(**self.config, seed=seed)
+    env = Crew
 
     def group_map(self, env):
         return {group: [f"{group}_{i}" for i in range(n)] for group, (n, _) in Crew.sizes.items()}

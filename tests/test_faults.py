@@ -180,9 +180,6 @@ class EnvTask(StandInTask):
         super().__init__(**config)
         self.env = env
 
-    def get_env_fun(self, num_envs, continuous_actions, seed, device):
-        return lambda: self.env(**self.config, seed=seed)
-
 
 @main_cases
 def test_one_allowed_action(case, make_experiment):
