@@ -1,14 +1,18 @@
-"""BenchMARL adapters: one file per algorithm, with its Algorithm and its AlgorithmConfig."""
+"""BenchMARL adapters. The presets, one file per family, and what they are made of."""
 
-from benchmarl_trust.algorithms.cliphappo import ClipHappo, ClipHappoConfig
-from benchmarl_trust.algorithms.cliphatrpo import ClipHatrpo, ClipHatrpoConfig
 from benchmarl_trust.algorithms.gpae import Gpae, GpaeConfig
-from benchmarl_trust.algorithms.happo import Happo, HappoConfig
-from benchmarl_trust.algorithms.hatrpo import Hatrpo, HatrpoConfig
-from benchmarl_trust.algorithms.hatrpog import HatrpoG, HatrpoGConfig
-from benchmarl_trust.algorithms.hatrpow import HatrpoW, HatrpoWConfig
-from benchmarl_trust.algorithms.mars import Mars, MarsConfig
-from benchmarl_trust.algorithms.maspo import Maspo, MaspoConfig
+from benchmarl_trust.algorithms.happo import ClipHappo, ClipHappoConfig, Happo, HappoConfig
+from benchmarl_trust.algorithms.hatrpo import (
+    ClipHatrpo,
+    ClipHatrpoConfig,
+    Hatrpo,
+    HatrpoConfig,
+    HatrpoG,
+    HatrpoGConfig,
+    HatrpoW,
+    HatrpoWConfig,
+)
+from benchmarl_trust.algorithms.mars import Mars, MarsConfig, Maspo, MaspoConfig
 
 #: Every algorithm of this package, by the name that Hydra and BenchMARL's registry know.
 ALGORITHMS = {

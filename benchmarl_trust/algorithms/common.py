@@ -1,34 +1,45 @@
-"""What all algorithms share: BenchMARL's MAPPO with a surrogate gain in place of its clip."""
+"""What all algorithms share: BenchMARL's MAPPO with a surrogate gain in place of its clip and an estimator by name."""
 
-from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
-from types import MappingProxyType
-from typing import Any
 
+import torch
 from benchmarl.algorithms import Mappo, MappoConfig
 from benchmarl.algorithms.common import AlgorithmConfig
-from benchmarl.experiment import Callback
 from benchmarl.utils import _read_yaml_config
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor
-from torchrl.objectives import LossModule, ValueEstimators
+from torchrl.data import TensorDictReplayBuffer
+from torchrl.envs import Transform
+from torchrl.objectives import LossModule
 
 from benchmarl_trust import functional as F
-from benchmarl_trust.algorithms.guard import FiniteGuard, own_callback
-from benchmarl_trust.algorithms.resume import LatestCheckpoint, ResumeState
+from benchmarl_trust.algorithms.checks import check_choice
+from benchmarl_trust.algorithms.estimators import make_estimator
+from benchmarl_trust.algorithms.metrics import to_host
 from benchmarl_trust.losses import SurrogateLoss
 from benchmarl_trust.paths import conf_folder
+from benchmarl_trust.runtime import FiniteGuard, LatestCheckpoint, ResumeState
+
+#: The gains that bound the ratio by themselves.
+GAINS = ("clip", "quadratic", "reciprocal", "log")
 
 
 class TrustRegion(Mappo):
     """BenchMARL's MAPPO with :class:`~benchmarl_trust.losses.SurrogateLoss` as its loss.
 
-    Policies, critics, GAE, buffers and the training loop are MAPPO's. A subclass names its surrogate.
+    Policies, critics, GAE, buffers and the training loop are MAPPO's. A subclass says who moves when.
 
     Args:
-        epsilon (float or tuple of two floats): radius of the trust region; a pair is (ε for A < 0, ε for A ≥ 0).
-        surrogate (str): a key of :data:`benchmarl_trust.functional.SURROGATES`.
+        surrogate (str): what one sample contributes, one of :attr:`surrogates`, see
+            :data:`benchmarl_trust.functional.SURROGATES`.
+        epsilon (float): radius of the trust region.
+        epsilon_negative (float, optional): the radius where A < 0; None: ``epsilon``.
+        factor (str, optional): how the agents that moved before weigh, see
+            :func:`benchmarl_trust.functional.factor_weight`.
+        estimator (str): of the advantages, a key of :data:`benchmarl_trust.algorithms.estimators.ESTIMATORS`.
+        truncation (str), eta (float), n_rollouts (int): the estimator's, see
+            :class:`benchmarl_trust.algorithms.estimators.Gpae`.
         normalize_advantage (str): ``none``, ``batch`` or ``per_agent``, over the whole collected batch.
         **kwargs: those of :class:`benchmarl.algorithms.Mappo`.
 
@@ -37,27 +48,33 @@ class TrustRegion(Mappo):
     """
 
     loss_class = SurrogateLoss
-    loss_settings: Mapping[str, Any] = MappingProxyType({})
-    epsilon_key = "epsilon"
+    surrogates: tuple[str, ...] = GAINS
 
     def __init__(
         self,
-        epsilon: float | tuple[float, float],
         surrogate: str,
+        epsilon: float,
+        epsilon_negative: float | None,
+        factor: str | None,
+        estimator: str,
+        truncation: str,
+        eta: float,
+        n_rollouts: int,
         normalize_advantage: str,
         **kwargs,
     ):
-        low, high = epsilon if isinstance(epsilon, tuple) else (epsilon, epsilon)
-        F.check_surrogate(surrogate, high, key=f"algorithm.{self.epsilon_key}")
-        F.check_surrogate(surrogate, low, key=f"algorithm.{self.epsilon_key}_negative")
-        if normalize_advantage not in F.NORMALIZATIONS:
-            raise ValueError(
-                f"algorithm.normalize_advantage={normalize_advantage} is unknown: choose one of "
-                f"{', '.join(F.NORMALIZATIONS)}."
-            )
+        check_choice("surrogate", surrogate, self.surrogates)
+        F.check_surrogate(surrogate, epsilon, key="algorithm.epsilon")
+        if epsilon_negative is not None:
+            F.check_surrogate(surrogate, epsilon_negative, key="algorithm.epsilon_negative")
+        check_choice("normalize_advantage", normalize_advantage, F.NORMALIZATIONS)
         super().__init__(clip_epsilon=epsilon, **kwargs)
         self.surrogate = surrogate
+        #: The radius as the gains take it: where A < 0, where A ≥ 0.
+        self.epsilon = (epsilon if epsilon_negative is None else epsilon_negative, epsilon)
+        self.factor = factor
         self.normalize_advantage = normalize_advantage
+        self.estimator = make_estimator(estimator, self, truncation, eta, n_rollouts)
         self.guard = FiniteGuard.of(self.experiment)
         self.resume_state = ResumeState.of(self.experiment)
         LatestCheckpoint.of(self.experiment)
@@ -67,11 +84,11 @@ class TrustRegion(Mappo):
             policy_for_loss,
             self.get_critic(group),
             surrogate=self.surrogate,
-            epsilon=self.clip_epsilon,
+            epsilon=self.epsilon,
             entropy_coeff=self.entropy_coef,
             critic_coeff=self.critic_coef,
             loss_critic_type=self.loss_critic_type,
-            **self.loss_settings,
+            critic_on_absent=True,  # every estimator bootstraps from the values of absent agents
         )
         loss.set_keys(
             **{key: (group, key) for key in ("reward", "action", "done", "terminated", "mask")},
@@ -80,15 +97,32 @@ class TrustRegion(Mappo):
             value=(group, "state_value"),
             sample_log_prob=(group, "log_prob"),
         )
-        loss.make_value_estimator(ValueEstimators.GAE, gamma=self.experiment_config.gamma, lmbda=self.lmbda)
+        self.estimator.attach(group, loss, policy_for_loss)
         # An ensemble calls this method on an inner algorithm and keeps the loss to itself; process_batch of the
         # inner algorithm would then build a second, untrained critic. Keeping the loss here prevents that.
         self._losses_and_updaters[group] = (loss, None)
         return loss, False
 
+    def get_critic(self, group: str) -> TensorDictModule:
+        """The estimator's value network."""
+        return self.estimator.critic(group)
+
+    def get_replay_buffer(self, group: str, transforms: list[Transform] | None = None) -> TensorDictReplayBuffer:
+        """The buffer of the batches that the estimator trains on."""
+        return self.estimator.buffer(group, transforms)
+
+    def process_batch(self, group: str, batch: TensorDictBase) -> TensorDictBase:
+        """Advantages and value targets of this batch, and of those that the estimator keeps."""
+        batch = self.estimator.with_kept(group, without_absent(group, batch))
+        batch = super().process_batch(group, batch)
+        metrics = to_host(self.estimator.metrics(group, batch), prefix=f"train/{group}/")
+        if metrics:
+            self.experiment.logger.log(metrics, step=self.experiment.n_iters_performed)
+        return batch
+
     def process_loss_vals(self, group: str, loss_vals: TensorDictBase) -> TensorDictBase:
         """MAPPO's sum of objective and entropy. A loss that is not finite gets a gradient that is not finite either,
-        by which :class:`~benchmarl_trust.algorithms.guard.FiniteGuard` knows it and drops the step.
+        by which :class:`~benchmarl_trust.runtime.FiniteGuard` knows it and drops the step.
         """
         if "loss_objective" in loss_vals.keys():
             loss_vals = super().process_loss_vals(group, loss_vals)
@@ -96,47 +130,31 @@ class TrustRegion(Mappo):
             loss_vals.set(name, _nan_gradient_unless_finite(loss_vals.get(name)))
         return loss_vals
 
-
-class Simultaneous(TrustRegion):
-    """All agents of a group move at once, in BenchMARL's own loop."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        own_callback(self.experiment, RatioExtremes)
-
-    def process_batch(self, group: str, batch: TensorDictBase) -> TensorDictBase:
-        """MAPPO's advantages and value targets, the advantages normalised as configured.
-
-        The log-probs of a recurrent policy are computed anew: training runs it from a zero state at the start of the
-        batch, where collection had a state, so that with the collected ones the ratios would not start at 1.
-        """
-        batch = super().process_batch(group, batch)
-        self._on_advantages(group, batch)
-        advantage = F.normalize_advantage(
-            batch[group, "advantage"], self.normalize_advantage, batch.get((group, "mask"), None)
-        )
-        batch.set((group, "advantage"), advantage)
-        if self.model_config.is_rnn:
-            loss, _ = self.get_loss_and_updater(group)
-            batch.set(loss.tensor_keys.sample_log_prob, loss.current_log_prob(batch))
+    def as_sampled(self, group: str, batch: TensorDictBase) -> TensorDictBase:
+        """The batch as the loss would see it: with the task's replay-buffer transforms (images to floats, say)."""
+        for transform in self.experiment.task.get_replay_buffer_transforms(self.experiment.test_env, group):
+            batch = transform(batch.copy())
         return batch
 
-    def _on_advantages(self, group: str, batch: TensorDictBase) -> None:
-        """Called with each batch once its advantages are there, before they are normalised."""
 
+def without_absent(group: str, batch: TensorDictBase) -> TensorDictBase:
+    """The batch with what absent agents did set to 0, and rewards of theirs that are NaN or infinite too.
 
-class RatioExtremes(Callback):
-    """Logs the smallest and the largest ratio of an iteration, where BenchMARL logs means over its minibatches."""
-
-    def on_train_end(self, training_td: TensorDictBase, group: str) -> None:
-        """Log ``train/{group}/policy/ratio_min`` and ``ratio_max``."""
-        if "ratio_min" not in training_td.keys():
-            return  # a group of an ensemble with another algorithm
-        extremes = {"ratio_min": training_td["ratio_min"].min(), "ratio_max": training_td["ratio_max"].max()}
-        self.experiment.logger.log(
-            {f"train/{group}/policy/{name}": value.item() for name, value in extremes.items()},
-            step=self.experiment.n_iters_performed,
-        )
+    A finite reward of an absent agent stays: a team's reward goes on after a death, and is part of what the agent's
+    last action was worth.
+    """
+    mask = batch.get((group, "mask"), None)
+    if mask is None:
+        return batch
+    for key in ((group, "action"), (group, "log_prob"), ("next", group, "reward")):
+        value = batch.get(key, None)
+        if value is None:
+            continue
+        kept = mask.reshape(*mask.shape, *[1] * (value.ndim - mask.ndim))
+        if key[-1] == "reward":
+            kept = kept | value.isfinite()
+        batch.set(key, torch.where(kept, value, 0))
+    return batch
 
 
 def _nan_gradient_unless_finite(loss: Tensor) -> Tensor:
@@ -146,10 +164,19 @@ def _nan_gradient_unless_finite(loss: Tensor) -> Tensor:
 
 @dataclass
 class TrustRegionConfig(AlgorithmConfig):
-    """MAPPO's configuration without ``clip_epsilon``, and how advantages are normalised.
+    """MAPPO's configuration without ``clip_epsilon``, and the choices that all algorithms have.
 
-    Values live in the yaml files; ``get_from_yaml()`` reads the one of the algorithm.
+    Values live in the yaml files; ``get_from_yaml()`` reads the one of the algorithm. :class:`TrustRegion` says what
+    the keys mean.
     """
+
+    surrogate: str = MISSING
+    factor: str | None = MISSING
+    estimator: str = MISSING
+    truncation: str = MISSING
+    eta: float = MISSING
+    n_rollouts: int = MISSING
+    normalize_advantage: str = MISSING
 
     share_param_critic: bool = MISSING
     entropy_coef: float = MISSING
@@ -159,7 +186,6 @@ class TrustRegionConfig(AlgorithmConfig):
     scale_mapping: str = MISSING
     use_tanh_normal: bool = MISSING
     minibatch_advantage: bool = MISSING
-    normalize_advantage: str = MISSING
 
     @classmethod
     def get_from_yaml(cls, path: str | None = None) -> "TrustRegionConfig":

@@ -5,10 +5,15 @@ from dataclasses import MISSING, dataclass
 from tensordict.nn import TensorDictModule
 from torchrl.objectives import LossModule
 
+from benchmarl_trust.algorithms.checks import check_choice, check_number, refuse
+from benchmarl_trust.algorithms.common import GAINS
 from benchmarl_trust.algorithms.sequential import Sequential, SequentialConfig
+from benchmarl_trust.policy import Agent
 from benchmarl_trust.updates import (
-    ESTIMATORS,
-    Agent,
+    SCORES,
+    Allocation,
+    GreedyAllocation,
+    KktAllocation,
     NaturalGradient,
     NaturalStep,
     PositionInfo,
@@ -16,32 +21,53 @@ from benchmarl_trust.updates import (
     sweep,
 )
 
+ALLOCATIONS = ("uniform", "kkt", "greedy")
+BOUNDS = ("share", "cap")
+
 
 class SequentialNatural(Sequential):
-    r"""One natural-gradient step per agent and iteration, on the whole batch.
+    r"""One natural-gradient step per agent and iteration, on the whole batch, under one KL budget of the team.
 
     .. math:: (F + λI) d = ∇ \operatorname{mean}(w(M)\, r_i A), \qquad
-        Δ = \sqrt{\frac{2δ}{d^T (F + λI) d}}\; d, \qquad θ ← θ + c^k Δ
+        Δ = \sqrt{\frac{2δ_i}{d^T (F + λI) d}}\; d, \qquad θ ← θ + c^k Δ, \qquad \sum_i δ_i ≤ D
 
-    with the first k for which KL(old ‖ new) ≤ δ and at least a share of the predicted gain is realised; if there is
-    none the agent stays as it was, bit for bit. There is no entropy bonus.
+    with the first k for which KL(old ‖ new) ≤ δ_i and at least a share of the predicted gain is realised; if there is
+    none the agent stays as it was, bit for bit. There is no entropy bonus. For a policy that factorises over agents the
+    joint KL is the sum, so D is a trust region on the joint policy.
+
+    ``allocation`` says who gets how much of D: ``uniform``, δ_i = D/N (HATRPO with δ = D/N); ``kkt``, by scores before
+    anybody moves (HATRPO-W); ``greedy``, by scores compared anew before each turn (HATRPO-G); see
+    :mod:`benchmarl_trust.functional.kl_budget`.
 
     Source: the HATRPO authors' code, for the procedure and the constants. See
-    :mod:`benchmarl_trust.updates.natural` for what is computed otherwise there.
+    :mod:`benchmarl_trust.updates.natural` for what is computed otherwise there. The formulas of ``kkt`` and ``greedy``
+    are reconstructed.
 
     Args:
-        kl_threshold (float): δ, in nats.
+        surrogate (str): ``linear``, r A: a natural step has no other gain.
+        kl_threshold (float): an agent's share of D in nats, if ``kl_total`` is None.
         cg_iters (int): iterations of conjugate gradients.
         cg_damping (float): λ.
         ls_step (int): fractions that the line search tries.
         accept_ratio (float): share of the predicted gain that must be realised.
         backtrack_coeff (float): c, from one fraction to the next.
-        **kwargs: those of :class:`~benchmarl_trust.algorithms.sequential.Sequential`.
+        allocation (str): ``uniform``, ``kkt`` or ``greedy``.
+        kl_total (float, optional): D; None: N · ``kl_threshold``, with N the agents of the team.
+        kl_min (float, optional): the least that ``kkt`` or ``greedy`` gives an agent; None: a quarter of D/N.
+        kl_max (float, optional): the most that they give; None: three times D/N.
+        s_estimator (str): of the scores, ``plugin`` or ``split``, see
+            :func:`benchmarl_trust.updates.allocation.scores`.
+        bound (str): of ``greedy``: ``share``, by score of what is left; or ``cap``, δ = min(κ D/N, what is left).
+        kappa (float): κ.
+        **kwargs: those of :class:`~benchmarl_trust.algorithms.sequential.Sequential`. ``order`` may also be ``score``,
+            the largest score first, with ``kkt``; and ``greedy``, with ``greedy``, whose own it is.
 
     Raises:
         ValueError: on a bad setting, before anything is collected.
     """
 
+    surrogates = ("linear",)
+    orders = ("random", "fixed", "semi_greedy", "score", "greedy")
     shared_policy_note = (
         "One agent's data after another's will step on the one network, and each step bounds what it adds to the KL of "
         "the whole group."
@@ -49,12 +75,20 @@ class SequentialNatural(Sequential):
 
     def __init__(
         self,
+        surrogate: str,
         kl_threshold: float,
         cg_iters: int,
         cg_damping: float,
         ls_step: int,
         accept_ratio: float,
         backtrack_coeff: float,
+        allocation: str,
+        kl_total: float | None,
+        kl_min: float | None,
+        kl_max: float | None,
+        s_estimator: str,
+        bound: str,
+        kappa: float,
         **kwargs,
     ):
         check_number("kl_threshold", kl_threshold, above=0.0, usual=0.01)
@@ -63,68 +97,66 @@ class SequentialNatural(Sequential):
         check_number("ls_step", ls_step, above=0, usual=10, whole=True)
         check_number("accept_ratio", accept_ratio, above=0.0, below=1.0, usual=0.5)
         check_number("backtrack_coeff", backtrack_coeff, above=0.0, below=1.0, usual=0.8)
-        super().__init__(surrogate="linear", epsilon=1.0, **kwargs)  # a linear surrogate has no ε
-        if self.entropy_coef:
-            raise ValueError(
-                f"algorithm.entropy_coef={self.entropy_coef}: natural-gradient steps have no entropy bonus; their KL "
-                "bound keeps the policy from collapsing. Leave it at 0."
-            )
-        self.kl_threshold = kl_threshold
-        self.solver = NaturalGradient(cg_iters, cg_damping)
-        self.search = {"ls_step": ls_step, "accept_ratio": accept_ratio, "backtrack_coeff": backtrack_coeff}
-
-    def _sweep(self, team: list[str], agents: list[Agent], order: list[int]) -> list[PositionInfo]:
-        total = len(agents) * self.kl_threshold
-        return self._natural_sweep(agents, order, UniformAllocation(agents, total, self.solver))
-
-    def _natural_sweep(self, agents: list[Agent], order, allocation) -> list[PositionInfo]:
-        return sweep(agents, order, NaturalStep(agents, allocation, **self.search), self.clip_factor)
-
-
-class JointBudget(SequentialNatural):
-    r"""One budget D for the team, :math:`\sum_i KL_i ≤ D`, in place of a bound for each agent.
-
-    For a policy that factorises over agents the joint KL is the sum, so this is a trust region on the joint policy.
-
-    Args:
-        kl_total (float, optional): D; None: N · ``kl_threshold``, with N the agents of the team.
-        kl_min (float, optional): the least that an agent is given; None: a quarter of D/N.
-        kl_max (float, optional): the most that an agent is given; None: three times D/N.
-        order (str): one of the subclass's :attr:`orders`.
-        s_estimator (str): ``plugin`` or ``split``, see :func:`benchmarl_trust.updates.allocation.scores`.
-        **kwargs: those of :class:`SequentialNatural`.
-
-    Raises:
-        ValueError: on a bad setting, before anything is collected.
-    """
-
-    orders: tuple[str, ...]
-
-    def __init__(
-        self,
-        kl_total: float | None,
-        kl_min: float | None,
-        kl_max: float | None,
-        order: str,
-        s_estimator: str,
-        **kwargs,
-    ):
-        check_choice("order", order, self.orders)
-        check_choice("s_estimator", s_estimator, ESTIMATORS)
         for key, value in (("kl_total", kl_total), ("kl_max", kl_max)):
             if value is not None:
                 check_number(key, value, above=0.0, usual="null")
         if kl_min is not None:
             check_number("kl_min", kl_min, least=0.0, usual="null")
-        super().__init__(clip_factor=False, **kwargs)
-        self.kl_total, self.kl_min, self.kl_max = kl_total, kl_min, kl_max
-        self.order = order
-        self.s_estimator = s_estimator
+        check_number("kappa", kappa, above=0.0, usual=2)
+        check_choice("allocation", allocation, ALLOCATIONS)
+        check_choice("s_estimator", s_estimator, SCORES)
+        check_choice("bound", bound, BOUNDS)
+        if surrogate in GAINS:
+            refuse(
+                "surrogate",
+                surrogate,
+                "a natural step bounds the KL, so its gain is linear, r A; a trust region on the ratio beside it has "
+                "no meaning. Leave it at linear, or take algorithm=happo, whose steps are gradient steps.",
+            )
+        super().__init__(surrogate=surrogate, epsilon=1.0, epsilon_negative=None, **kwargs)  # linear has no ε
+        self.kl_threshold, self.kl_total, self.kl_min, self.kl_max = kl_threshold, kl_total, kl_min, kl_max
+        self.allocation, self.s_estimator, self.bound, self.kappa = allocation, s_estimator, bound, kappa
+        self.solver = NaturalGradient(cg_iters, cg_damping)
+        self.search = {"ls_step": ls_step, "accept_ratio": accept_ratio, "backtrack_coeff": backtrack_coeff}
+        self._check_meaning()
+
+    def _check_meaning(self) -> None:
+        """Refuse what has no meaning together."""
+        if self.entropy_coef:
+            refuse(
+                "entropy_coef",
+                self.entropy_coef,
+                "natural-gradient steps have no entropy bonus; their KL bound keeps the policy from collapsing. Leave "
+                "it at 0.",
+            )
+        if self.factor == "inside_clip":
+            refuse("factor", self.factor, "a natural step has no clip for it to be inside of. Take full or capped.")
+        if self.estimator.off_policy:
+            refuse(
+                "n_rollouts",
+                self.estimator.n_rollouts,
+                "a natural step bounds the KL on the states of the present policy, and older batches have other "
+                "states. Use n_rollouts=1, or gradient steps such as algorithm=happo.",
+            )
+        if self.order == "score" and self.allocation != "kkt":
+            refuse("order", "score", "only algorithm.allocation=kkt has scores before anybody moves. Take that one.")
+        if self.order == "greedy" and self.allocation != "greedy":
+            refuse("order", "greedy", "only algorithm.allocation=greedy compares scores before each turn. Take that.")
+        if self.allocation != "uniform" and self.normalize_advantage == "per_agent":
+            refuse(
+                "normalize_advantage",
+                "per_agent",
+                f"algorithm.allocation={self.allocation} compares the agents' scores, which are in units of squared "
+                "advantage; with statistics of their own these units differ. Use batch or none.",
+            )
+        if self.allocation == "uniform" and (self.kl_min, self.kl_max) != (None, None):
+            key = "kl_max" if self.kl_min is None else "kl_min"
+            refuse(key, getattr(self, key), "algorithm.allocation=uniform gives equal shares. Leave it at null.")
 
     def _get_loss(self, group: str, policy_for_loss: TensorDictModule, continuous: bool) -> tuple[LossModule, bool]:
         """As the base, once the group's team is known to have a valid budget. (In an ensemble others are not ours.)"""
-        team = self._team_of(group)
-        self._check_budget("+".join(team), sum(len(self.group_map[name]) for name in team))
+        team = self.teams.of(group)
+        self._check_budget("+".join(team), self.teams.size(team))
         environments = self.experiment_config.n_envs_per_worker(self.on_policy)
         if self.s_estimator == "split" and self.has_rnn and environments < 2:
             raise ValueError(
@@ -153,33 +185,22 @@ class JointBudget(SequentialNatural):
                 f"algorithm.kl_min={low} (a quarter of an equal share, if null): raise kl_max or lower kl_min."
             )
 
+    def _order(self, agents: list[Agent]) -> list[int] | None:
+        own = self.order == "score" or (self.allocation == "greedy" and self.order in (None, "greedy"))
+        return None if own else super()._order(agents)
 
-def check_number(key: str, value, usual, above=None, least=None, below=None, whole=False) -> None:
-    """Refuse what is no number in the given interval.
+    def _sweep(self, team: list[str], agents: list[Agent], order: list[int] | None) -> list[PositionInfo]:
+        step = NaturalStep(agents, self._allocation(agents, order), **self.search)
+        return sweep(agents, step.choose, step, self.factor)
 
-    Raises:
-        ValueError: naming the key, the interval and the usual value.
-    """
-    number = (
-        isinstance(value, int if whole else int | float) and not isinstance(value, bool) and abs(value) < float("inf")
-    )
-    good = number and (above is None or value > above) and (below is None or value < below)
-    good = good and (least is None or value >= least)
-    if not good:
-        parts = ((above, "above"), (least, "at least"), (below, "below"))
-        wanted = " and ".join(f"{word} {bound:g}" for bound, word in parts if bound is not None)
-        kind = "whole number" if whole else "number"
-        raise ValueError(f"algorithm.{key}={value} must be a {kind} {wanted}. The usual value is {usual}.")
-
-
-def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse an unknown choice.
-
-    Raises:
-        ValueError: naming the key and the choices.
-    """
-    if value not in choices:
-        raise ValueError(f"algorithm.{key}={value} is unknown: choose one of {', '.join(choices)}.")
+    def _allocation(self, agents: list[Agent], order: list[int] | None) -> Allocation:
+        total, low, high = self._budget(len(agents))
+        if self.allocation == "uniform":
+            return UniformAllocation(agents, total, self.solver, order)
+        if self.allocation == "kkt":
+            return KktAllocation(agents, total, low, high, self.solver, order, self.s_estimator)
+        cap = self.kappa * total / len(agents) if self.bound == "cap" else None
+        return GreedyAllocation(agents, total, low, high, self.solver, order, self.s_estimator, cap)
 
 
 @dataclass
@@ -192,14 +213,10 @@ class SequentialNaturalConfig(SequentialConfig):
     ls_step: int = MISSING
     accept_ratio: float = MISSING
     backtrack_coeff: float = MISSING
-
-
-@dataclass
-class JointBudgetConfig(SequentialNaturalConfig):
-    """What W and G have beside; :class:`JointBudget` says what the keys mean."""
-
+    allocation: str = MISSING
     kl_total: float | None = MISSING
     kl_min: float | None = MISSING
     kl_max: float | None = MISSING
-    order: str = MISSING
     s_estimator: str = MISSING
+    bound: str = MISSING
+    kappa: float = MISSING

@@ -22,6 +22,8 @@ from benchmarl_trust.functional.gpae import (
 from benchmarl_trust.functional.kl_budget import greedy_bound, kkt_budget, uniform_budget
 from benchmarl_trust.functional.line_search import Search, line_search
 from benchmarl_trust.functional.ratio import (
+    FACTORS,
+    Weighting,
     check_same_shape,
     effective_sample_size,
     factor_weight,
@@ -30,23 +32,28 @@ from benchmarl_trust.functional.ratio import (
 )
 from benchmarl_trust.functional.surrogate import (
     SURROGATES,
+    Epsilon,
     Surrogate,
     check_surrogate,
     clip_gain,
     linear_gain,
     log_gain,
     quadratic_gain,
+    radius,
     reciprocal_gain,
     surrogate_objective,
 )
 
 __all__ = [
+    "FACTORS",
     "NORMALIZATIONS",
     "SURROGATES",
     "TRACES",
+    "Epsilon",
     "Search",
     "Solution",
     "Surrogate",
+    "Weighting",
     "categorical_entropy",
     "categorical_kl",
     "categorical_log_prob",
@@ -72,6 +79,7 @@ __all__ = [
     "per_agent_advantage",
     "per_agent_value_target",
     "quadratic_gain",
+    "radius",
     "reciprocal_gain",
     "squashed_normal_entropy",
     "surrogate_objective",

@@ -105,8 +105,8 @@ def trace_coefficient(
 
 
 def importance_weight(log_ratio: Tensor) -> Tensor:
-    r"""The weight :math:`ρ_i = π_i/μ_i` of a sample of an older policy in the objective; NaN where it is not finite,
-    by which :class:`~benchmarl_trust.losses.SurrogateLoss` knows the samples to leave out.
+    r"""The weight :math:`ρ_i = π_i/μ_i` of a sample of an older policy in the objective; 0 where it is not finite:
+    such samples are to be left out by a mask.
 
     Source: Kim et al., arXiv 2603.02654 (the authors' code). With r = π_θ/μ their clipped term
     min(r A, clip(r, ρ(1-ε), ρ(1+ε)) A) is ρ times the clipped gain of π_θ/π, since ρ > 0.
@@ -118,9 +118,9 @@ def importance_weight(log_ratio: Tensor) -> Tensor:
 
     Examples:
         >>> importance_weight(torch.tensor([0.0, -torch.inf, torch.nan]))
-        tensor([1., nan, nan])
+        tensor([1., 0., 0.])
     """
-    return torch.where(log_ratio.isfinite(), _bounded(log_ratio, None).exp(), torch.nan)
+    return torch.where(log_ratio.isfinite(), _bounded(log_ratio, None).exp(), 0)
 
 
 def per_agent_advantage(

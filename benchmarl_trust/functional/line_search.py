@@ -6,8 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: A step that lands exactly on the bound must not be rejected by rounding.
+#: A step that lands exactly on the bound must not be rejected by rounding: neither that of the step, relative to δ, ...
 KL_SLACK = 1e-6
+#: ... nor that of the KL itself: each of its terms is a difference of numbers near 1, off by some units of rounding.
+KL_ROUNDING = 8
 
 
 class Search(NamedTuple):
@@ -39,14 +41,16 @@ def line_search(
 ) -> Search:
     r"""The largest fraction f = c^k, k = 0 ... trials - 1, of a step that keeps the KL bound and its promise.
 
-    .. math:: θ = θ_{old} + f Δ: \quad KL ≤ δ (1 + 10^{-6}), \quad J(θ) - J(θ_{old}) > 0, \quad
+    .. math:: θ = θ_{old} + f Δ: \quad KL ≤ δ (1 + 10^{-6}) + 8 u, \quad J(θ) - J(θ_{old}) > 0, \quad
         \frac{J(θ) - J(θ_{old})}{f\, g^T Δ} > a
+
+    with u the rounding of the KL's type, 1.2e-7 for float32.
 
     If no fraction does, or if the step does not ascend (gᵀΔ is not positive), the parameters are put back bit for bit,
     also when ``evaluate`` raises. A NaN or an infinity fails its trial. Each trial waits for its result on the host.
 
-    Source: TRPO's search with the constants of the HATRPO authors' code, save the slack 1e-6, ours: their strict
-    KL < δ rejects by rounding a step that lands on δ.
+    Source: TRPO's search with the constants of the HATRPO authors' code, save the slack, ours: their strict KL < δ
+    rejects by rounding a step that lands on δ.
 
     Args:
         parameters (sequence of Tensor): θ, changed in place.
@@ -78,7 +82,8 @@ def line_search(
                 parameter.copy_(old + fraction * change)
             gain, kl = evaluate()
             kept = (gain > 0) & (gain > accept_ratio * fraction * expected)
-            accepted = bool(kept & (kl <= kl_bound * (1 + KL_SLACK)) & gain.isfinite() & kl.isfinite())
+            bound = kl_bound * (1 + KL_SLACK) + KL_ROUNDING * torch.finfo(kl.dtype).eps
+            accepted = bool(kept & (kl <= bound) & gain.isfinite() & kl.isfinite())
             search = Search(zero, zero, zero, zero + k + 1)
             if accepted:
                 return Search(zero + fraction, kl, gain, zero + k + 1)

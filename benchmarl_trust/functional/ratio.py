@@ -4,6 +4,10 @@ Shapes: ``[*]`` stands for any batch dimensions, such as [B] or [B, T]; N is the
 ``mask`` is True where an agent takes part; a padded or absent agent counts nowhere.
 """
 
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -60,16 +64,19 @@ def effective_sample_size(log_weight: Tensor, mask: Tensor | None = None) -> Ten
     Source: Kish 1965; as TorchRL's PPO losses log it, but over all batch dimensions.
 
     Args:
-        log_weight (Tensor): log w, [*, N].
+        log_weight (Tensor): log w, [*, N]; or the weights of one agent, [B], without the dimension of agents.
         mask (Tensor, optional): boolean, the same shape.
 
-    Returns: [N], between 1/n (one sample has all the weight) and 1 (equal weights); 0 for an agent that is absent
-    throughout.
+    Returns: [N] (for one agent a scalar), between 1/n (one sample has all the weight) and 1 (equal weights); 0 for an
+    agent that is absent throughout.
 
     Examples:
         >>> effective_sample_size(torch.zeros(8, 3))
         tensor([1., 1., 1.])
     """
+    if log_weight.ndim == 1:
+        mask = None if mask is None else mask.unsqueeze(-1)
+        return effective_sample_size(log_weight.unsqueeze(-1), mask).squeeze(-1)
     log_weight = log_weight.reshape(-1, log_weight.shape[-1])
     count = log_weight.shape[0]
     if mask is not None:
@@ -81,29 +88,73 @@ def effective_sample_size(log_weight: Tensor, mask: Tensor | None = None) -> Ten
     return size if mask is None else torch.where(mask.any(0), size, 0)
 
 
-def factor_weight(log_factor: Tensor, clip: bool) -> Tensor:
-    r"""The weight that the compound ratio of the agents already updated gives to the next agent's loss.
+class Weighting(NamedTuple):
+    r"""How the compound ratio of the agents already updated enters the next agent's objective.
 
-    .. math:: w(M) = M \text{ (HAPPO)} \quad\text{or}\quad w(M) = \min(M, 1) \text{ (clip-HAPPO)}, \qquad
-        M = \prod_{j \text{ before } i} r_j
+    .. math:: L = w · \mathrm{gain}(x + \log g, A)
 
-    The chain itself is never clipped: the cap is applied where M enters a loss. With it the variance of w(M) A is at
-    most E[A²], however many agents came before. Without it an M above e^20 = 5e8 counts as that: policies at the bounds
-    of their actions can have ratios beyond the range of floats, which would make every later turn's loss infinite.
+    Attributes:
+        weight (Tensor): w, [*].
+        shift (Tensor, optional): log g, [*], for a factor inside the clip; None: no factor there.
+    """
 
-    Source: Kuba et al. 2022, arXiv 2109.11251; the cap: Le & Ta, arXiv 2606.25526 (the authors' code); e^20: ours.
+    weight: Tensor
+    shift: Tensor | None
+
+    @property
+    def total(self) -> Tensor:
+        """W g: what the advantage is multiplied by where the agent has not moved yet, [*]."""
+        return self.weight if self.shift is None else self.weight * self.shift.exp()
+
+
+#: Bounds of log M by the name of the factor: (log M, ε) -> log of what weighs a loss.
+FACTORS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "full": lambda log_factor, epsilon: log_factor.clamp(max=LOG_FACTOR_BOUND),
+    "capped": lambda log_factor, epsilon: log_factor.clamp(max=0),
+    "inside_clip": lambda log_factor, epsilon: log_factor.clamp(math.log1p(-epsilon / 2), math.log1p(epsilon / 2)),
+}
+
+
+def factor_weight(log_factor: Tensor, factor: str = "full", epsilon: float = 0.2) -> Weighting:
+    r"""The weight that the compound ratio M of the agents already updated gives to the next agent's loss.
+
+    .. math:: M = \prod_{j \text{ before } i} r_j
+
+    - ``full`` (HAPPO, HATRPO): :math:`w = M`,
+    - ``capped`` (clip-HAPPO, clip-HATRPO): :math:`w = \min(M, 1)`,
+    - ``inside_clip`` (A2PO): :math:`w = 1`, and :math:`g = \mathrm{clip}(M, 1 ± ε/2)` multiplies the ratio inside the
+      gain: min(r g A, clip(r g, 1 ± ε) A).
+
+    The chain itself is never clipped: the bound is applied where M enters a loss. With ``capped`` the variance of
+    w(M) A is at most E[A²], however many agents came before. With ``full`` an M above e^20 = 5e8 counts as that:
+    policies at the bounds of their actions can have ratios beyond the range of floats, which would make every later
+    turn's loss infinite.
+
+    Source: full: Kuba et al. 2022, arXiv 2109.11251; capped: Le & Ta, arXiv 2606.25526; inside_clip: Wang et al. 2023
+    (A2PO), whose code clips the others' factor at half the radius (all three the authors'); e^20: ours.
 
     Args:
         log_factor (Tensor): log M, [*].
-        clip (bool): cap M at 1.
+        factor (str): a key of :data:`FACTORS`.
+        epsilon (float): ε, read by ``inside_clip`` alone.
 
-    Returns: w(M), [*].
+    Returns: a :class:`Weighting`.
+
+    Raises:
+        ValueError: if ``factor`` is unknown.
 
     Examples:
-        >>> factor_weight(torch.tensor([0.5, 2.0]).log(), clip=True)
+        >>> factor_weight(torch.tensor([0.5, 2.0]).log(), "capped").weight
         tensor([0.5000, 1.0000])
+        >>> factor_weight(torch.tensor([0.5, 2.0]).log(), "inside_clip", epsilon=0.2).total
+        tensor([0.9000, 1.1000])
     """
-    return log_factor.clamp(max=0 if clip else LOG_FACTOR_BOUND).exp()
+    if factor not in FACTORS:
+        raise ValueError(f"factor={factor!r} is unknown: choose one of {', '.join(FACTORS)}.")
+    bounded = FACTORS[factor](log_factor, epsilon)
+    if factor == "inside_clip":
+        return Weighting(torch.ones_like(bounded), bounded)
+    return Weighting(bounded.exp(), None)
 
 
 def check_same_shape(**tensors: Tensor) -> None:

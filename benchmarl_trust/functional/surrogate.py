@@ -5,7 +5,8 @@ elementwise function; it knows nothing of networks, batches or agents.
 
 Shapes: ``log_ratio`` and ``advantage`` have the same shape, any shape. Units: ``log_ratio`` is
 ``log π_θ(a|o) - log π_old(a|o)`` in nats, summed over action dimensions; ``advantage`` is in units of return.
-``epsilon`` is the radius of the trust region: a float, or a tensor that broadcasts against ``advantage``.
+``epsilon`` is the radius of the trust region: a float; a pair (ε where A < 0, ε where A ≥ 0); or a tensor that
+broadcasts against ``advantage``.
 """
 
 import math
@@ -21,8 +22,34 @@ from benchmarl_trust.functional.ratio import check_same_shape, masked_mean
 #: exp(10) = 22026 is far outside any trust region, while the square of a ratio leaves float32 at a log-ratio of 44.
 LINEAR_BEYOND = 10.0
 
+#: A radius, or a pair of them: (where A < 0, where A ≥ 0).
+Epsilon = float | tuple[float, float] | Tensor
 
-def linear_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tensor) -> Tensor:
+
+def radius(epsilon: Epsilon, advantage: Tensor) -> float | Tensor:
+    """The radius of each sample's trust region.
+
+    A pair is spread over the samples on their own device: nothing is copied from the host.
+
+    Args:
+        epsilon (float, pair of floats or Tensor): ε; a pair is (ε where A < 0, ε where A ≥ 0).
+        advantage (Tensor): A, any shape.
+
+    Returns: a number, or a tensor that broadcasts against the advantage.
+
+    Examples:
+        >>> radius((0.1, 0.3), torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([0.1000, 0.3000, 0.3000])
+    """
+    if not isinstance(epsilon, tuple):
+        return epsilon
+    negative, positive = epsilon
+    if negative == positive:
+        return positive
+    return torch.full_like(advantage, negative).masked_fill(advantage >= 0, positive)
+
+
+def linear_gain(log_ratio: Tensor, advantage: Tensor, epsilon: Epsilon) -> Tensor:
     r"""The importance-weighted advantage, :math:`L = r A`, without any bound: a KL bound must come from elsewhere.
 
     Like the others it goes on linearly from a log-ratio of 10 on.
@@ -32,7 +59,7 @@ def linear_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tensor) -
     Args:
         log_ratio (Tensor): x, any shape.
         advantage (Tensor): A, the same shape.
-        epsilon (float or Tensor): not used; all gains are called alike.
+        epsilon (float, pair or Tensor): not used; all gains are called alike.
 
     Returns: the gain, to be maximised, in the shape of ``log_ratio``.
 
@@ -44,7 +71,7 @@ def linear_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tensor) -
     return inner.exp() * (1 + log_ratio - inner) * advantage
 
 
-def clip_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tensor) -> Tensor:
+def clip_gain(log_ratio: Tensor, advantage: Tensor, epsilon: Epsilon) -> Tensor:
     r"""The clipped gain of PPO.
 
     .. math:: L = \min(r A,\ \mathrm{clip}(r, 1-ε, 1+ε) A), \qquad r = e^x
@@ -54,7 +81,7 @@ def clip_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tensor) -> 
     Args:
         log_ratio (Tensor): x, any shape.
         advantage (Tensor): A, the same shape.
-        epsilon (float or Tensor): ε in (0, 1).
+        epsilon (float, pair or Tensor): ε in (0, 1).
 
     Returns: the gain, to be maximised, in the shape of ``log_ratio``.
 
@@ -62,6 +89,7 @@ def clip_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tensor) -> 
         >>> clip_gain(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 2.0]), 0.2)
         tensor([2.0000, 2.4000])
     """
+    epsilon = radius(epsilon, advantage)
     high, low = _log1p(epsilon), _log1p(-epsilon)
 
     # The minimum is r A with the ratio capped on the side towards which A pushes it.
@@ -70,7 +98,7 @@ def clip_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tensor) -> 
     return bounded.clamp(max=LINEAR_BEYOND).exp() * (1 + excess) * advantage
 
 
-def quadratic_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tensor) -> Tensor:
+def quadratic_gain(log_ratio: Tensor, advantage: Tensor, epsilon: Epsilon) -> Tensor:
     r"""MASPO: the clip replaced by a quadratic penalty on the ratio.
 
     .. math:: L = r A - \frac{|A|}{2ε} (r - 1)^2, \qquad r = e^x
@@ -84,7 +112,7 @@ def quadratic_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tensor
     Args:
         log_ratio (Tensor): x, any shape.
         advantage (Tensor): A, the same shape.
-        epsilon (float or Tensor): ε in (0, 1).
+        epsilon (float, pair or Tensor): ε in (0, 1).
 
     Returns: the gain, to be maximised, in the shape of ``log_ratio``.
 
@@ -92,7 +120,7 @@ def quadratic_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tensor
         >>> quadratic_gain(torch.tensor([1.0, 1.2]).log(), torch.ones(2), 0.2)
         tensor([1.0000, 1.1000])
     """
-    strength = advantage.abs() / (2 * epsilon)
+    strength = advantage.abs() / (2 * radius(epsilon, advantage))
 
     def value(x: Tensor) -> Tensor:
         ratio = x.exp()
@@ -105,7 +133,7 @@ def quadratic_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tensor
     return _linear_beyond(value, slope, log_ratio, low=-math.inf)
 
 
-def reciprocal_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tensor) -> Tensor:
+def reciprocal_gain(log_ratio: Tensor, advantage: Tensor, epsilon: Epsilon) -> Tensor:
     r"""MARS: a penalty that is symmetric under r → 1/r and unbounded at r = 0.
 
     .. math:: L = r A - \frac{|A|}{2ε} \left(r + \frac1r - 2\right)
@@ -122,7 +150,7 @@ def reciprocal_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tenso
     Args:
         log_ratio (Tensor): x, any shape.
         advantage (Tensor): A, the same shape.
-        epsilon (float or Tensor): ε in (0, 0.5).
+        epsilon (float, pair or Tensor): ε in (0, 0.5).
 
     Returns: the gain, to be maximised, in the shape of ``log_ratio``.
 
@@ -132,7 +160,7 @@ def reciprocal_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tenso
         >>> (x.grad > 0).tolist()  # a collapsed ratio is pulled back up, although A < 0
         [True, False, False]
     """
-    strength = advantage.abs() / (2 * epsilon)
+    strength = advantage.abs() / (2 * radius(epsilon, advantage))
 
     def value(x: Tensor) -> Tensor:  # 4 sinh²(x/2) = r + 1/r - 2 without its cancellation near r = 1
         return x.exp() * advantage - strength * 4 * (x / 2).sinh().square()
@@ -143,7 +171,7 @@ def reciprocal_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tenso
     return _linear_beyond(value, slope, log_ratio, low=-LINEAR_BEYOND)
 
 
-def log_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tensor) -> Tensor:
+def log_gain(log_ratio: Tensor, advantage: Tensor, epsilon: Epsilon) -> Tensor:
     r"""The quadratic in the log-ratio, an ablation of MARS.
 
     .. math:: L = A x - \frac{|A|}{2ε} x^2
@@ -156,7 +184,7 @@ def log_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tensor) -> T
     Args:
         log_ratio (Tensor): x, any shape.
         advantage (Tensor): A, the same shape.
-        epsilon (float or Tensor): ε > 0.
+        epsilon (float, pair or Tensor): ε > 0.
 
     Returns: the gain, to be maximised, in the shape of ``log_ratio``.
 
@@ -164,13 +192,13 @@ def log_gain(log_ratio: Tensor, advantage: Tensor, epsilon: float | Tensor) -> T
         >>> log_gain(torch.tensor([0.2]), torch.tensor([1.0]), 0.2)
         tensor([0.1000])
     """
-    return advantage * log_ratio - advantage.abs() / (2 * epsilon) * log_ratio.square()
+    return advantage * log_ratio - advantage.abs() / (2 * radius(epsilon, advantage)) * log_ratio.square()
 
 
 class Surrogate(NamedTuple):
     """A gain with the trust region that its maxima draw."""
 
-    gain: Callable[[Tensor, Tensor, float | Tensor], Tensor]
+    gain: Callable[[Tensor, Tensor, Epsilon], Tensor]
     """The gain as a function of (log_ratio, advantage, epsilon)."""
     log_bounds: Callable[[float, float], tuple[float, float]]
     """The log-ratios of its maxima for A < 0 and A > 0, from (epsilon at A < 0, epsilon at A > 0)."""
@@ -200,18 +228,21 @@ def surrogate_objective(
     log_ratio: Tensor,
     advantage: Tensor,
     weight: Tensor,
-    epsilon: float | Tensor,
+    epsilon: Epsilon,
     mask: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
-    r"""One agent's objective, :math:`\operatorname{mean}(w · \mathrm{gain}(x, A))` over the steps where it is present.
+    r"""One agent's objective, :math:`\operatorname{mean}(w · \mathrm{gain}(x + \log g, A))` over the steps where it is
+    present.
 
     Args:
         name (str): a key of :data:`SURROGATES`.
         log_ratio (Tensor): x, any shape; 0 where absent.
         advantage (Tensor): A, the same shape.
         weight (Tensor): w, the same shape.
-        epsilon (float or Tensor): ε.
+        epsilon (float, pair or Tensor): ε.
         mask (Tensor, optional): boolean, the same shape.
+        shift (Tensor, optional): log g, the same shape: a factor inside the gain; None: g = 1.
 
     Returns: a scalar, to be maximised.
 
@@ -223,15 +254,18 @@ def surrogate_objective(
         tensor(2.)
     """
     check_same_shape(log_ratio=log_ratio, advantage=advantage, weight=weight)
+    if shift is not None:
+        check_same_shape(log_ratio=log_ratio, shift=shift)
+        log_ratio = log_ratio + shift
     return masked_mean(weight * SURROGATES[name].gain(log_ratio, advantage, epsilon), mask)
 
 
-def check_surrogate(name: str, epsilon: float, key: str = "epsilon") -> None:
+def check_surrogate(name: str, epsilon: float | tuple[float, float], key: str = "epsilon") -> None:
     """Refuse an unknown surrogate, or an ε for which its trust region does not exist.
 
     Args:
         name (str): a key of :data:`SURROGATES`.
-        epsilon (float): ε, the radius of the trust region.
+        epsilon (float or pair of floats): ε, the radius of the trust region.
         key (str): what the error calls ε.
 
     Raises:
@@ -243,11 +277,12 @@ def check_surrogate(name: str, epsilon: float, key: str = "epsilon") -> None:
     if name not in SURROGATES:
         raise ValueError(f"Unknown surrogate {name!r}: choose one of {', '.join(SURROGATES)}.")
     limit = SURROGATES[name].epsilon_limit
-    if not isinstance(epsilon, int | float) or not 0 < epsilon < limit:
-        raise ValueError(
-            f"{key}={epsilon}: the {name} surrogate needs 0 < {key} < {limit}, where its optimal ratio "
-            f"exists. The usual value is {key}=0.2."
-        )
+    for value in epsilon if isinstance(epsilon, tuple) else (epsilon,):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < limit:
+            raise ValueError(
+                f"{key}={value}: the {name} surrogate needs 0 < {key} < {limit}, where its optimal ratio "
+                f"exists. The usual value is {key}=0.2."
+            )
 
 
 def _linear_beyond(

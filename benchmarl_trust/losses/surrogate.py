@@ -35,7 +35,8 @@ class SurrogateLoss(PPOLoss):
         surrogate (str): ``clip``, ``quadratic``, ``reciprocal`` or ``log``.
         epsilon (float or tuple of two floats): the radius of the trust region; a pair gives the radii for A < 0 and
             for A ≥ 0.
-        clip_factor (bool): cap the weight w(M) at 1 (clip-HAPPO); only with a factor M in the batch.
+        factor (str): how a factor M in the batch weighs: ``full`` (HAPPO), ``capped`` (clip-HAPPO) or ``inside_clip``
+            (A2PO), see :func:`benchmarl_trust.functional.factor_weight`.
         critic_on_absent (bool): regress the values of absent agents too, for an estimator that bootstraps from them.
         **kwargs: passed to :class:`torchrl.objectives.PPOLoss` (``entropy_coeff``, ``critic_coeff``,
             ``loss_critic_type``, ``reduction``, ...).
@@ -43,8 +44,7 @@ class SurrogateLoss(PPOLoss):
     Keys (``set_keys``): those of PPOLoss; ``mask`` [*, N], True where an agent takes part; ``factor`` [*, 1], the
     compound ratio M of the agents already updated in a sequential update; ``importance_weight`` [*, N], each agent's
     π_old/μ where the data is of an older policy μ. All are optional. Absent agents have ratio 1 and are left out of
-    every mean, and so are agents whose importance weight is not finite; w is the product of w(M) and the importance
-    weight, 1 for what is not there.
+    every mean; w is the product of w(M) and the importance weight, 1 for what is not there.
 
     Returns, from ``forward``: ``loss_objective``, ``loss_entropy``, ``loss_critic`` to minimise; ``kl_approx``
     (nats), ``clip_fraction`` (share of ratios outside 1 ± ε, as PPO logs it), ``outside_fraction`` (share beyond the
@@ -99,13 +99,14 @@ class SurrogateLoss(PPOLoss):
         *,
         surrogate: str,
         epsilon: float | Sequence[float] = 0.2,
-        clip_factor: bool = False,
+        factor: str = "full",
         critic_on_absent: bool = False,
         **kwargs,
     ):
-        low, high = (epsilon, epsilon) if isinstance(epsilon, int | float) else epsilon
-        F.check_surrogate(surrogate, low)
-        F.check_surrogate(surrogate, high)
+        pair = (epsilon, epsilon) if isinstance(epsilon, int | float) else tuple(epsilon)
+        F.check_surrogate(surrogate, pair)
+        if factor not in F.FACTORS:
+            raise ValueError(f"factor={factor!r} is unknown: choose one of {', '.join(F.FACTORS)}.")
         if kwargs.get("normalize_advantage"):
             raise ValueError(
                 "normalize_advantage normalises each minibatch apart in TorchRL, which this loss does not do: "
@@ -113,8 +114,8 @@ class SurrogateLoss(PPOLoss):
             )
         super().__init__(actor_network, critic_network, **kwargs)
         self.surrogate = surrogate
-        self.epsilon = (low, high)
-        self.clip_factor = clip_factor
+        self.epsilon = pair
+        self.factor = factor
         self.critic_on_absent = critic_on_absent
 
     @property
@@ -155,16 +156,19 @@ class SurrogateLoss(PPOLoss):
                 f"The batch has no {self.tensor_keys.advantage!r}: compute it first, with make_value_estimator() and "
                 "value_estimator(batch), or call the loss itself, which does so."
             )
-        mask = self._counted(tensordict, advantage)
+        mask = tensordict.get(self.tensor_keys.mask, None)
         self._check_shape(tensordict.get(self.tensor_keys.sample_log_prob, None), advantage)
         log_ratio, dist, _ = self._log_weight(tensordict, adv_shape=advantage.shape[:-1])
         self._check_shape(log_ratio.squeeze(-1), advantage)
         log_ratio = log_ratio if mask is None else torch.where(mask.unsqueeze(-1), log_ratio, 0)
-        gain = F.SURROGATES[self.surrogate].gain(log_ratio, advantage, self._epsilon(advantage))
-        gain = self._weight(tensordict, advantage) * gain
+        weight, shift = self._factor(tensordict, advantage)
+        x = log_ratio if shift is None else log_ratio + shift
+        gain = F.SURROGATES[self.surrogate].gain(x, advantage, self.epsilon)
+        gain = weight * self._importance(tensordict, advantage, mask) * gain
 
         out = TensorDict({"loss_objective": self._reduce(-gain, mask)})
-        out.update(self._ratio_statistics(log_ratio.detach().squeeze(-1), mask))
+        has_agents = advantage.ndim > tensordict.ndim + 1
+        out.update(self._ratio_statistics(log_ratio.detach().squeeze(-1), mask, has_agents))
         if self.entropy_bonus:
             entropy = self._get_entropy(dist, adv_shape=advantage.shape[:-1])
             out["entropy"] = F.masked_mean(entropy.detach().squeeze(-1), mask)
@@ -187,45 +191,31 @@ class SurrogateLoss(PPOLoss):
         """The log-prob of the batch's actions under the policy as it is now, [*, N]."""
         return self._get_cur_log_prob(tensordict.clone(False))[0]
 
-    def _epsilon(self, advantage: Tensor) -> float | Tensor:
-        low, high = self.epsilon
-        if low == high:
-            return high
-        return torch.where(advantage >= 0, advantage.new_tensor(high), advantage.new_tensor(low))
-
-    def _counted(self, tensordict: TensorDictBase, advantage: Tensor) -> Tensor | None:
-        """Which agents' samples count, [*, N]; None for all."""
-        mask, importance = tensordict.get(self.tensor_keys.mask, None), self._importance(tensordict, advantage)
-        if importance is None:
-            return mask
-        return importance.isfinite() if mask is None else mask & importance.isfinite()
-
-    def _weight(self, tensordict: TensorDictBase, advantage: Tensor) -> float | Tensor:
-        factor, importance = self._factor_weight(tensordict, advantage), self._importance(tensordict, advantage)
-        if importance is None:
-            return factor
-        return factor * torch.where(importance.isfinite(), importance, 0).unsqueeze(-1)
-
-    def _importance(self, tensordict: TensorDictBase, advantage: Tensor) -> Tensor | None:
+    def _importance(self, tensordict: TensorDictBase, advantage: Tensor, mask: Tensor | None) -> float | Tensor:
         importance = tensordict.get(self.tensor_keys.importance_weight, None)
-        if importance is not None and (*importance.shape, 1) != advantage.shape:
+        if importance is None:
+            return 1.0
+        if (*importance.shape, 1) != advantage.shape:
             raise ValueError(
                 f"The weight of key {self.tensor_keys.importance_weight!r} has shape {tuple(importance.shape)}; it "
                 f"must be one number per agent, {tuple(advantage.shape[:-1])}."
             )
-        return importance
+        importance = importance if mask is None else torch.where(mask, importance, 0)
+        return importance.unsqueeze(-1)
 
-    def _factor_weight(self, tensordict: TensorDictBase, advantage: Tensor) -> float | Tensor:
+    def _factor(self, tensordict: TensorDictBase, advantage: Tensor) -> tuple[float | Tensor, Tensor | None]:
+        """What M is outside the gain, and its logarithm inside; each broadcasts against the advantage."""
         factor = tensordict.get(self.tensor_keys.factor, None)
         if factor is None:
-            return 1.0
+            return 1.0, None
         if factor.shape != (*tensordict.batch_size, 1):
             raise ValueError(
                 f"The factor of key {self.tensor_keys.factor!r} has shape {tuple(factor.shape)}; it must be one number "
                 f"per step, {(*tensordict.batch_size, 1)}, the same for all agents."
             )
-        weight = F.factor_weight(factor.log(), self.clip_factor)
-        return weight.reshape(*tensordict.batch_size, *[1] * (advantage.ndim - tensordict.ndim))
+        shape = (*tensordict.batch_size, *[1] * (advantage.ndim - tensordict.ndim))
+        weight, shift = F.factor_weight(factor.log(), self.factor, self.epsilon[1])
+        return weight.reshape(shape), None if shift is None else shift.reshape(shape)
 
     def _check_shape(self, log_prob: Tensor | None, advantage: Tensor) -> None:
         if log_prob is None:
@@ -249,8 +239,10 @@ class SurrogateLoss(PPOLoss):
         return value.sum() if self.reduction == "sum" else value
 
     @torch.no_grad()
-    def _ratio_statistics(self, log_ratio: Tensor, mask: Tensor | None) -> TensorDict:
+    def _ratio_statistics(self, log_ratio: Tensor, mask: Tensor | None, has_agents: bool) -> TensorDict:
         mask = torch.ones_like(log_ratio, dtype=torch.bool) if mask is None else mask
+        if not has_agents:  # then the last dimension is not theirs
+            log_ratio, mask = log_ratio.reshape(-1, 1), mask.reshape(-1, 1)
         low, high = F.SURROGATES[self.surrogate].log_bounds(*self.epsilon)
         clip_low, clip_high = F.SURROGATES["clip"].log_bounds(*self.epsilon)
         dtype = log_ratio.dtype

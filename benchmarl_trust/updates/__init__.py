@@ -1,26 +1,16 @@
 """Stateful procedures over one batch. They know TensorDicts and policies, but not BenchMARL."""
 
-from benchmarl_trust.updates.adam import GradientStep, MinibatchEpochs, fused, shuffles
-from benchmarl_trust.updates.allocation import ESTIMATORS, GreedyAllocation, KktAllocation, UniformAllocation
-from benchmarl_trust.updates.natural import NaturalGradient, NaturalInfo, NaturalStep
-from benchmarl_trust.updates.policy import AgentPolicy, GroupPolicy, fork_rng
-from benchmarl_trust.updates.sweep import (
-    Agent,
-    PositionInfo,
-    StepInfo,
-    forward,
-    log_ratio_of,
-    remember_old_policy,
-    sweep,
-)
+from benchmarl_trust.updates.allocation import SCORES, GreedyAllocation, KktAllocation, UniformAllocation
+from benchmarl_trust.updates.gradient import GradientStep, MinibatchEpochs, fused, shuffles
+from benchmarl_trust.updates.natural import Allocation, NaturalGradient, NaturalInfo, NaturalStep, Turn
+from benchmarl_trust.updates.order import advantage_score, semi_greedy
+from benchmarl_trust.updates.sweep import PositionInfo, StepInfo, sweep
 
 __all__ = [
-    "ESTIMATORS",
-    "Agent",
-    "AgentPolicy",
+    "SCORES",
+    "Allocation",
     "GradientStep",
     "GreedyAllocation",
-    "GroupPolicy",
     "KktAllocation",
     "MinibatchEpochs",
     "NaturalGradient",
@@ -28,12 +18,11 @@ __all__ = [
     "NaturalStep",
     "PositionInfo",
     "StepInfo",
+    "Turn",
     "UniformAllocation",
-    "fork_rng",
-    "forward",
+    "advantage_score",
     "fused",
-    "log_ratio_of",
-    "remember_old_policy",
+    "semi_greedy",
     "shuffles",
     "sweep",
 ]

@@ -1,6 +1,7 @@
 """Who gets how much of the team's KL budget: equal shares, HATRPO-W's by KKT, HATRPO-G's by greed.
 
-An allocation is asked for each agent's :class:`~benchmarl_trust.updates.natural.Turn` and told what it has cost.
+An allocation is asked for the next :class:`~benchmarl_trust.updates.natural.Turn` and told what it has cost
+(:class:`~benchmarl_trust.updates.natural.Allocation`).
 :mod:`benchmarl_trust.functional.kl_budget` has the formulas.
 """
 
@@ -9,18 +10,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
 from benchmarl_trust import functional as F
+from benchmarl_trust.policy import Agent
 from benchmarl_trust.updates.natural import LocalModel, NaturalGradient, Proposal, Turn
-from benchmarl_trust.updates.sweep import Agent
 
 #: Share of the iterations by which a direction is brought up to date when only the weight w(M) has changed.
 REFINE = 0.4
 
 #: How scores are estimated, see :func:`scores`.
-ESTIMATORS = ("plugin", "split")
+SCORES = ("plugin", "split")
 
 
 class UniformAllocation:
@@ -30,18 +30,21 @@ class UniformAllocation:
         agents (sequence of Agent): the team.
         total (float): D, the sum of the bounds.
         solver (NaturalGradient): computes the directions.
+        order (sequence of int): who moves when.
     """
 
-    def __init__(self, agents: Sequence[Agent], total: float, solver: NaturalGradient):
+    def __init__(self, agents: Sequence[Agent], total: float, solver: NaturalGradient, order: Sequence[int]):
+        self.agents, self.order = agents, order
         self.kl_bound = F.uniform_budget(_like_scores(agents, 1.0).expand(len(agents)), total)[0]
         self.solver = solver
 
-    def __call__(self, agent: Agent, data: TensorDict, weight: Tensor) -> Turn:
-        """The agent's turn."""
-        model = LocalModel(agent, data)
+    def next(self, weight: Tensor, moved: list[int]) -> Turn:
+        """The turn of the next in order."""
+        i = self.order[len(moved)]
+        model = LocalModel(self.agents[i], self.agents[i].data)
         objective, gradient = model.gradient(weight)
         proposal = self.solver([model], [gradient])
-        return Turn(objective, proposal, self.kl_bound, proposal.score[0])
+        return Turn(i, objective, proposal, self.kl_bound, proposal.score[0])
 
     def spend(self, kl: Tensor) -> None:
         """Nobody else has this agent's share."""
@@ -59,6 +62,7 @@ class KktAllocation:
         low (float): least bound of an agent.
         high (float): largest bound of an agent.
         solver (NaturalGradient): computes the directions.
+        order (sequence of int, optional): who moves when; None: the largest score first.
         estimator (str): of the scores, see :func:`scores`.
     """
 
@@ -69,6 +73,7 @@ class KktAllocation:
         low: float,
         high: float,
         solver: NaturalGradient,
+        order: Sequence[int] | None = None,
         estimator: str = "plugin",
     ):
         self.agents = agents
@@ -81,24 +86,21 @@ class KktAllocation:
             found.append(scores(estimator, models, weight, solver, self._proposals[-1]))
         self.score = torch.cat(found)
         self.kl_bound = F.kkt_budget(self.score, total, low, high)
+        self.order = self.score.argsort(descending=True).tolist() if order is None else order
 
-    def __call__(self, agent: Agent, data: TensorDict, weight: Tensor) -> Turn:
-        """The agent's turn."""
-        i = _index(self.agents, agent)
-        model = LocalModel(agent, data)
+    def next(self, weight: Tensor, moved: list[int]) -> Turn:
+        """The turn of the next in order."""
+        i = self.order[len(moved)]
+        model = LocalModel(self.agents[i], self.agents[i].data)
         objective, gradient = model.gradient(weight)
         if self._warm:
             proposal = _refining(self.solver)([model], [gradient], self._proposals[i])
         else:
             proposal = self.solver([model], [gradient])
-        return Turn(objective, proposal, self.kl_bound[i], self.score[i])
+        return Turn(i, objective, proposal, self.kl_bound[i], self.score[i])
 
     def spend(self, kl: Tensor) -> None:
         """What an agent leaves of its share is not given to another."""
-
-    def order(self) -> list[int]:
-        """The agents by falling score."""
-        return self.score.argsort(descending=True).tolist()
 
 
 class GreedyAllocation:
@@ -114,9 +116,9 @@ class GreedyAllocation:
         low (float): least bound of an agent.
         high (float): largest bound of an agent; what is left of D wins over ``low``.
         solver (NaturalGradient): computes the directions.
+        order (sequence of int, optional): who moves when; None: the largest score first, compared anew before each turn.
         estimator (str): of the scores, see :func:`scores`.
         cap (float, optional): if given, δ = min(cap, what is left) in place of the agent's share.
-        order (sequence of int, optional): a given order in place of the greedy one.
     """
 
     def __init__(
@@ -126,9 +128,9 @@ class GreedyAllocation:
         low: float,
         high: float,
         solver: NaturalGradient,
+        order: Sequence[int] | None = None,
         estimator: str = "plugin",
         cap: float | None = None,
-        order: Sequence[int] | None = None,
     ):
         self.agents = agents
         self.remaining = _like_scores(agents, total)
@@ -138,10 +140,11 @@ class GreedyAllocation:
         self._models: dict[int, LocalModel] = {}
         self._candidates: list[int] = []
         self._proposal: Proposal | None = None
-        self._turn: Turn | None = None
 
-    def choose(self, weight: Tensor, moved: list[int]) -> int:
-        """The next agent: the one with the largest score, which is the largest predicted gain per KL."""
+    def next(self, weight: Tensor, moved: list[int]) -> Turn:
+        """The turn of the agent with the largest score, which is the largest predicted gain per KL; or of the next in
+        the given order.
+        """
         candidates = [i for i in range(len(self.agents)) if i not in moved]
         objectives, proposal, score = self._compare(candidates, weight)
         place = int(score.argmax()) if self.order is None else candidates.index(self.order[len(moved)])
@@ -150,9 +153,9 @@ class GreedyAllocation:
         else:
             kl_bound = self.remaining.clamp(min=0, max=self.cap)
         kl_bound = torch.where(score[place] > 0, kl_bound, 0)
-        self._turn = Turn(objectives[place], proposal.select(slice(place, place + 1)), kl_bound, score[place])
-        self._models.pop(candidates[place])
-        return candidates[place]
+        agent, own = candidates[place], proposal.select(slice(place, place + 1))
+        self._models.pop(agent)
+        return Turn(agent, objectives[place], own, kl_bound, score[place])
 
     def _compare(self, candidates: list[int], weight: Tensor) -> tuple[tuple[Tensor, ...], Proposal, Tensor]:
         if self._shared or not self._models:  # a step on shared parameters makes every model stale
@@ -167,10 +170,6 @@ class GreedyAllocation:
             proposal = _refining(self.solver)(models, gradients, start)
         self._candidates, self._proposal = candidates, proposal
         return objectives, proposal, scores(self.estimator, models, weight, self.solver, proposal)
-
-    def __call__(self, agent: Agent, data: TensorDict, weight: Tensor) -> Turn:
-        """The turn of the agent that was chosen."""
-        return self._turn
 
     def spend(self, kl: Tensor) -> None:
         """What the turn really cost leaves the budget."""
@@ -207,10 +206,6 @@ def _refining(solver: NaturalGradient) -> NaturalGradient:
 def _like_scores(agents: Sequence[Agent], value: float) -> Tensor:
     """A scalar as scores are: float64, on the agents' device, without a copy from the host."""
     return torch.full((), value, dtype=torch.float64, device=agents[0].data["advantage"].device)
-
-
-def _index(agents: Sequence[Agent], agent: Agent) -> int:
-    return next(i for i, other in enumerate(agents) if other.policy is agent.policy)
 
 
 def _shared(agents: Sequence[Agent]) -> bool:

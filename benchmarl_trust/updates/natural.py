@@ -2,24 +2,23 @@ r"""One agent's natural-gradient step: a direction times a search along it, unde
 
 .. math:: (F + λI) d = g, \qquad q = d^T (F + λI) d, \qquad Δ = \sqrt{2δ / q}\; d, \qquad s = (g^T d)^2 / q
 
-g is the gradient of the surrogate, F the Hessian of the mean KL where the agent stands, both from
-:class:`~benchmarl_trust.losses.TrustRegionLoss`; :func:`~benchmarl_trust.functional.line_search` walks back from Δ.
+g is the gradient of the surrogate (:func:`~benchmarl_trust.policy.surrogate_of` with the gain r A), F the Hessian of the
+mean KL (:func:`~benchmarl_trust.policy.kl_of`) where the agent stands; :func:`~benchmarl_trust.functional.line_search` walks back from Δ.
 √(2 s δ) is what the step is to gain.
 
 Shapes: n agents, P parameters each (padded with zeros to the largest), [*] the batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
 from benchmarl_trust import functional as F
-from benchmarl_trust.losses import TrustRegionLoss, old_outputs
-from benchmarl_trust.updates.sweep import Agent, forward
+from benchmarl_trust.policy import Agent, AgentPolicy, forward, kl_of, old_outputs, surrogate_of
 
 
 class NaturalInfo(NamedTuple):
@@ -71,9 +70,8 @@ class LocalModel:
     def __init__(self, agent: Agent, data: TensorDict):
         self.policy = agent.policy
         self.data = data
-        self.loss = TrustRegionLoss(agent.policy)
         with torch.enable_grad():
-            outputs = self.loss.outputs(data)
+            outputs = agent.policy.forward(data["inputs"].copy())
             moving = [i for i, output in enumerate(outputs) if output.requires_grad]  # an action mask does not
             self._roots = tuple(outputs[i] for i in moving)
             self._leaves = tuple(root.detach().requires_grad_() for root in self._roots)
@@ -82,15 +80,15 @@ class LocalModel:
             for i, leaf in zip(moving, self._leaves, strict=True):
                 self._outputs[i] = leaf
             here = tuple(output.detach() for output in self._outputs)
-            self._kl_slope = _grad(self.loss.kl(here, tuple(self._outputs), data), self._leaves, create_graph=True)
+            kl = kl_of(agent.policy, here, tuple(self._outputs), data)
+            self._kl_slope = _grad(kl, self._leaves, create_graph=True)
             self._pulled_back = self.policy.gradient(self._roots, self._duals, create_graph=True)
 
     def gradient(self, weight: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """J on the given rows under w(M), and its gradient [P]."""
-        part = self.data[rows].copy()
-        part["weight"] = weight[rows]
         with torch.enable_grad():
-            objective = self.loss.objective(tuple(output[rows] for output in self._outputs), part)
+            outputs = tuple(output[rows] for output in self._outputs)
+            objective = objective_of(self.policy, outputs, self.data[rows], weight[rows])
             slope = _grad(objective, self._leaves)
         return objective.detach(), self.policy.gradient(self._roots, slope, retain_graph=True)
 
@@ -99,6 +97,11 @@ class LocalModel:
         pushed = _grad(self._pulled_back, self._duals, vector, retain_graph=True)
         curved = _grad(self._kl_slope, self._leaves, pushed, retain_graph=True)
         return self.policy.gradient(self._roots, curved, retain_graph=True)
+
+
+def objective_of(policy: AgentPolicy, outputs: tuple[Tensor, ...], data: TensorDict, weight: Tensor) -> Tensor:
+    """J = mean(w(M) r A): a natural step bounds the KL, so its gain has no trust region of its own."""
+    return surrogate_of(policy, outputs, data, weight, "linear", 1.0)
 
 
 def _grad(values, inputs, weights=None, **kwargs) -> tuple[Tensor, ...]:
@@ -188,6 +191,8 @@ class NaturalGradient:
 class Turn(NamedTuple):
     """What an allocation gives to the agent whose turn it is."""
 
+    agent: int
+    """Whose it is."""
     objective: Tensor
     """J before the step."""
     proposal: Proposal
@@ -198,31 +203,45 @@ class Turn(NamedTuple):
     """The s that decided δ."""
 
 
+class Allocation(Protocol):
+    """Who moves next, how far; see :mod:`benchmarl_trust.updates.allocation`."""
+
+    def next(self, weight: Tensor, moved: list[int]) -> Turn:
+        """The next turn, given w(M) [*] and the agents that have moved."""
+
+    def spend(self, kl: Tensor) -> None:
+        """What that turn has cost of the KL budget, in nats."""
+
+
 @dataclass
 class NaturalStep:
-    """The natural-gradient step, for :func:`~benchmarl_trust.updates.sweep`.
+    """The natural-gradient step, for :func:`~benchmarl_trust.updates.sweep`: ``sweep(agents, step.choose, step)``.
 
     Where agents share their parameters the step of one moves all. What a turn costs is then what it adds to their joint
     KL from the old policies, Σ KL(old ‖ now), so that after a sweep that is at most the sum of the bounds.
 
     Args:
         agents (sequence of Agent): the team.
-        allocation (callable): ``allocation(agent, data, weight)`` gives the agent's :class:`Turn`; its ``spend(kl)`` is
-            told what the turn has cost.
+        allocation (Allocation): says whose turn it is, along which direction and how far.
         ls_step (int): fractions that the line search tries.
         accept_ratio (float): share of the predicted gain that must be realised.
         backtrack_coeff (float): from one fraction to the next.
     """
 
     agents: Sequence[Agent]
-    allocation: Callable[[Agent, TensorDict, Tensor], Turn]
+    allocation: Allocation
     ls_step: int = 10
     accept_ratio: float = 0.5
     backtrack_coeff: float = 0.8
 
-    def __call__(self, agent: Agent, data: TensorDict, weight: Tensor) -> NaturalInfo:
-        """Move one agent."""
-        turn = self.allocation(agent, data, weight)
+    def choose(self, weight: Tensor, moved: list[int]) -> int:
+        """The next agent, as the allocation has it."""
+        self._turn = self.allocation.next(weight, moved)
+        return self._turn.agent
+
+    def __call__(self, agent: Agent, data: TensorDict, weight: Tensor, place: float = 1.0) -> NaturalInfo:
+        """Move the agent that was chosen."""
+        turn = self._turn
         gradient, direction = turn.proposal.gradient.squeeze(0), turn.proposal.direction.squeeze(0)
         curvature = turn.proposal.curvature.squeeze(0)
         step_size = torch.where(curvature > 0, (2 * turn.kl_bound / curvature).sqrt(), 0)
@@ -259,13 +278,11 @@ class NaturalStep:
 
     def _evaluate(self, agent: Agent, data: TensorDict, weight: Tensor, objective: Tensor):
         """A function that gives, at the parameters of the moment, the gain and the KL that the turn has added."""
-        loss, data = TrustRegionLoss(agent.policy), data.copy()
-        data["weight"] = weight
         sharing = [other for other in self.agents if other.policy.parameters[0] is agent.policy.parameters[0]]
 
         def joint_kl(outputs: list[tuple[Tensor, ...]]) -> Tensor:
             rows = zip(sharing, outputs, strict=True)
-            return torch.stack([loss.kl(old_outputs(other.data), now, other.data) for other, now in rows]).sum()
+            return torch.stack([kl_of(a.policy, old_outputs(a.data), now, a.data) for a, now in rows]).sum()
 
         alone = len(sharing) == 1  # then the turn begins at the old policy
         before = 0.0 if alone else joint_kl([forward(other, other.data) for other in sharing])
@@ -273,6 +290,6 @@ class NaturalStep:
         def evaluate() -> tuple[Tensor, Tensor]:
             now = [forward(other, other.data) for other in sharing]
             own = next(outputs for other, outputs in zip(sharing, now, strict=True) if other.policy is agent.policy)
-            return loss.objective(own, data) - objective, joint_kl(now) - before
+            return objective_of(agent.policy, own, data, weight) - objective, joint_kl(now) - before
 
         return evaluate

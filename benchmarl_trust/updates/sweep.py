@@ -15,22 +15,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from benchmarl_trust import functional as F
-from benchmarl_trust.losses import old_outputs
-from benchmarl_trust.updates.policy import AgentPolicy
-
-
-class Agent(NamedTuple):
-    """An agent of the team, with what an update of it needs.
-
-    ``data`` has batch size [*] and the entries ``inputs`` (of the policy), ``action`` (before squashing),
-    ``advantage`` [*] and, once :func:`remember_old_policy` has run, ``old_log_prob`` [*] and ``old_0``, ``old_1``,
-    the old distribution's parameters; optionally ``mask`` [*], True where the agent takes part. A natural step needs no
-    optimizer.
-    """
-
-    policy: AgentPolicy
-    optimizer: torch.optim.Optimizer | None
-    data: TensorDict
+from benchmarl_trust.policy import Agent, forward, log_ratio_of, old_outputs
 
 
 class StepInfo(NamedTuple):
@@ -67,34 +52,50 @@ class PositionInfo(NamedTuple):
     outputs: tuple[Tensor, ...]
 
 
-Step = Callable[[Agent, TensorDict, Tensor], StepInfo]
+#: ``step(agent, data, weight, place)``: the agent, its rows, w [*], and its position k of N as k/N.
+Step = Callable[[Agent, TensorDict, Tensor, float], NamedTuple]
+#: ``order(weight, moved)``: w(M) [*], and who has moved.
 Order = Sequence[int] | Callable[[Tensor, list[int]], int]
+#: ``advantage(i, log_factor)``: what agent i's advantages are, [*], given log M [*].
+Advantage = Callable[[int, Tensor], Tensor]
 
 
 def sweep(
     agents: Sequence[Agent],
     order: Order,
     step: Step,
-    clip_factor: bool,
+    factor: str = "full",
     rows: Tensor | None = None,
     chunk: int | None = None,
+    epsilon: float = 0.2,
+    advantage: Advantage | None = None,
 ) -> list[PositionInfo]:
     r"""Update the agents in the given order.
 
     .. math:: M ← 1; \quad \text{for } i \text{ in order: step on } \operatorname{mean}(w(M) · \mathrm{gain}(x_i, A));
         \quad M ← M · r_i(\text{after the step})
 
-    Source: Kuba et al. 2022, arXiv 2109.11251; the cap on w: Le & Ta, arXiv 2606.25526 (both the authors' code).
+    Where the data is of an older policy μ (``log_importance`` in the agents' data) the chain starts there: the loss's
+    weight is w(M) π_i^old/μ_i, and M is multiplied by the whole π_i/μ_i. Two agents with μ, old, new = .8, .5, .6 for
+    the first show why: E_μ[new/μ] = 1, but E_μ[new/old] = 1.12.
+
+    Source: Kuba et al. 2022, arXiv 2109.11251; the cap on w: Le & Ta, arXiv 2606.25526; the factor inside the clip:
+    Wang et al. 2023 (all the authors' code); older data: derived here.
 
     Args:
         agents (sequence of Agent): the team.
         order (sequence of int, or callable): a permutation of the team's indices; or ``order(weight, moved)``, which
             picks the next agent, given the present w(M) [*] and the agents that have moved.
-        step (callable): ``step(agent, data, weight)`` moves one agent, with the rows' data and w(M) [*]; it returns a
-            :class:`StepInfo` or another named tuple of scalars, and if one of them is not finite the step is undone.
-        clip_factor (bool): cap the weight, never the chain, at 1.
+        step (callable): ``step(agent, data, weight, place)`` moves one agent, with the rows' data, w(M) [*], and the
+            agent's position k/N; it returns a :class:`StepInfo` or another named tuple of scalars, and if one of them
+            is not finite the step is undone.
+        factor (str): how M weighs, see :func:`benchmarl_trust.functional.factor_weight`. A factor inside the gain goes
+            into the step's data, as its ``shift``.
         rows (Tensor, optional): which rows of the data to use; None for all of them.
         chunk (int, optional): rows per forward pass where no gradient is needed; None for all at once.
+        epsilon (float): ε, read by ``factor="inside_clip"`` alone.
+        advantage (callable, optional): ``advantage(i, log_factor)`` gives agent i's advantages [*] at its turn; None:
+            those in its data.
 
     Returns: what happened at each position, in order.
 
@@ -109,50 +110,23 @@ def sweep(
     old_log_prob = agents[0].data["old_log_prob"]
     log_factor = torch.zeros_like(old_log_prob if rows is None else old_log_prob[rows])
     for position in range(len(agents)):
-        weight = F.factor_weight(log_factor, clip_factor)
-        i = order(weight, [info.agent for info in infos]) if callable(order) else order[position]
-        data = agents[i].data if rows is None else agents[i].data[rows]
-        after = _step_or_undo(step, agents[i], data, weight, chunk)
-        infos.append(PositionInfo(i, *_factor_statistics(log_factor, weight, data), *after))
-        log_factor = log_factor + infos[-1].log_ratio
+        weighting = F.factor_weight(log_factor, factor, epsilon)
+        i = order(weighting.weight, [info.agent for info in infos]) if callable(order) else order[position]
+        data = agents[i].data.copy() if rows is None else agents[i].data[rows]
+        if advantage is not None:
+            data["advantage"] = advantage(i, log_factor)
+        if weighting.shift is not None:
+            data["shift"] = weighting.shift
+        older = data.get("log_importance", None)
+        weight = weighting.weight if older is None else weighting.weight * F.importance_weight(older)
+        after = _step_or_undo(step, agents[i], data, weight, (position + 1) / len(agents), chunk)
+        infos.append(PositionInfo(i, *_factor_statistics(log_factor, weighting.total, data), *after))
+        log_factor = log_factor + (infos[-1].log_ratio if older is None else infos[-1].log_ratio + older)
     return infos
 
 
-@torch.no_grad()
-def remember_old_policy(agent: Agent, chunk: int | None = None) -> None:
-    """Store the log-probs and distribution of the policy as it is now: π_old of this iteration.
-
-    They are computed on the batch rather than taken from collection: a recurrent policy, which training runs from a
-    zero state, has other log-probs there, and its ratios would not start at 1.
-
-    Args:
-        agent (Agent): its ``data`` gets ``old_log_prob`` and ``old_0``, ``old_1``.
-        chunk (int, optional): rows per forward pass, which bounds the memory.
-    """
-    outputs = forward(agent, agent.data, chunk)
-    agent.data["old_log_prob"] = agent.policy.log_prob(outputs, agent.data["action"])
-    for i, output in enumerate(outputs):
-        agent.data[f"old_{i}"] = output.clone()  # it may be a parameter itself, such as a standard deviation
-
-
-@torch.no_grad()
-def forward(agent: Agent, data: TensorDict, chunk: int | None = None) -> tuple[Tensor, ...]:
-    """The distribution's parameters for this agent as its policy is now, each [*, ...]."""
-    if chunk is None or chunk >= len(data):
-        return agent.policy.forward(data["inputs"].copy())
-    parts = [agent.policy.forward(part) for part in data["inputs"].split(chunk)]
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
-
-
-@torch.no_grad()
-def log_ratio_of(agent: Agent, data: TensorDict, outputs: tuple[Tensor, ...]) -> Tensor:
-    """The log-ratio log π - log π_old on the given rows, [*]; 0 where the agent is absent."""
-    log_prob = agent.policy.log_prob(outputs, data["action"])
-    return F.log_ratio(log_prob, data["old_log_prob"], data.get("mask", None))
-
-
 def _step_or_undo(
-    step: Step, agent: Agent, data: TensorDict, weight: Tensor, chunk: int | None
+    step: Step, agent: Agent, data: TensorDict, weight: Tensor, place: float, chunk: int | None
 ) -> tuple[StepInfo, Tensor, Tensor, tuple[Tensor, ...]]:
     """Take the step; if anything in it was not finite, put parameters and optimizer state back, bit for bit.
 
@@ -161,9 +135,9 @@ def _step_or_undo(
     Returns: the step's info, whether it was finite, and log-ratio and outputs after it.
     """
     before = {id(tensor): tensor.detach().clone() for tensor in _state(agent)}
-    info = step(agent, data, weight)
+    info = step(agent, data, weight, place)
     outputs = forward(agent, data, chunk)
-    log_ratio = log_ratio_of(agent, data, outputs)
+    log_ratio = log_ratio_of(agent.policy, outputs, data)
     finite = torch.stack([value.isfinite() for value in info]).all() & log_ratio.isfinite().all()
     for tensor in _state(agent):
         old = before.get(id(tensor), 0)  # a moment that was made in this step was zero before it
@@ -185,10 +159,9 @@ def _factor_statistics(log_factor: Tensor, weight: Tensor, data: TensorDict) -> 
     factor = log_factor.exp()
     weighted = weight * data["advantage"]
     centred = weighted - F.masked_mean(weighted, mask)
-    as_column = None if mask is None else mask.reshape(-1, 1)
     return (
         F.masked_mean(factor, mask),
         factor.max() if mask is None else torch.where(mask, factor, 0).max(),
-        F.effective_sample_size(log_factor.reshape(-1, 1), as_column).squeeze(),
+        F.effective_sample_size(log_factor.reshape(-1), None if mask is None else mask.reshape(-1)),
         F.masked_mean(centred.square(), mask),
     )

@@ -1,6 +1,6 @@
 """TorchRL value estimation with a value per agent: the counterfactual critic and the estimator over it."""
 
-from benchmarl_trust.value.critic import CounterfactualCritic, counterfactual_table, policy_features
+from benchmarl_trust.value.critic import CounterfactualCritic, counterfactual_table
 from benchmarl_trust.value.gpae import GPAE
 
-__all__ = ["GPAE", "CounterfactualCritic", "counterfactual_table", "policy_features"]
+__all__ = ["GPAE", "CounterfactualCritic", "counterfactual_table"]

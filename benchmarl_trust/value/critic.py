@@ -8,56 +8,11 @@ from collections.abc import Sequence
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
 from benchmarl_trust import functional as F
-
-
-def parameter_keys(head: ProbabilisticTensorDictModule) -> dict[str, NestedKey]:
-    """Where a policy's last module reads its distribution's parameters, by their names in the distribution."""
-    names = (key[-1] if isinstance(key, tuple) else key for key in head.dist_keys)
-    return dict(zip(names, head.in_keys, strict=True))
-
-
-def policy_features(head: ProbabilisticTensorDictModule, params: TensorDictBase) -> Tensor:
-    r"""A policy's distribution as numbers, to stand in a critic's input where an action would.
-
-    .. math:: (π(1|o), …, π(K|o)) \quad\text{for discrete actions,}\qquad (μ, \log σ) \quad\text{for continuous ones}
-
-    Masked actions have probability 0. μ and σ are those of the normal before any squashing: the ``loc`` and ``scale``
-    that the policy writes.
-
-    Source: probabilities as in the authors' code (Kim et al., arXiv 2603.02654); mean and log-deviation are this
-    package's choice.
-
-    Args:
-        head (ProbabilisticTensorDictModule): the last module of a policy.
-        params (TensorDictBase): what the modules before it wrote, [*].
-
-    Returns: [*, N, F].
-
-    Raises:
-        ValueError: for a distribution with parameters other than ``loc`` and ``scale``, or ``logits``.
-
-    Examples:
-        >>> head = ProbabilisticTensorDictModule(
-        ...     ["logits"], ["action"], distribution_class=torch.distributions.Categorical
-        ... )
-        >>> policy_features(head, TensorDict(logits=torch.zeros(1, 4), batch_size=1))
-        tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
-    """
-    keys = parameter_keys(head)
-    if keys.keys() == {"loc", "scale"}:
-        return torch.cat([params.get(keys["loc"]), params.get(keys["scale"]).log()], -1)
-    if keys.keys() <= {"logits", "mask"}:
-        mask = params.get(keys["mask"]) if "mask" in keys else None
-        return F.categorical_log_probs(params.get(keys["logits"]), mask).exp()
-    raise ValueError(
-        f"A policy with a {head.distribution_class.__name__} of parameters {', '.join(keys)} "
-        "cannot be shown to the critic: the distributions known here have loc and scale, or logits."
-    )
 
 
 def counterfactual_table(action: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -72,7 +27,7 @@ def counterfactual_table(action: Tensor, features: Tensor, mask: Tensor | None =
 
     Args:
         action (Tensor): executed actions: integers [*, N], one-hot [*, N, F] or continuous [*, N, F/2].
-        features (Tensor): those of :func:`policy_features`, [*, N, F].
+        features (Tensor): those of :func:`~benchmarl_trust.policy.policy_features`, [*, N, F].
         mask (Tensor, optional): boolean, [*, N], True where an agent takes part.
 
     Returns: [*, N (copies), N (rows), F + 1].
@@ -113,7 +68,7 @@ class CounterfactualCritic(TensorDictModuleBase):
             (N, F + 1) for a network with an agent dimension, (N (F + 1),) for one without.
         table_key (NestedKey): where the network reads the table.
         action_key (NestedKey): executed actions, see :func:`counterfactual_table`.
-        features_key (NestedKey): :func:`policy_features`, as the estimator wrote them. They are data like the
+        features_key (NestedKey): :func:`~benchmarl_trust.policy.policy_features`, as the estimator wrote them. They are data like the
             observations, the same for the target and the regression on it.
         value_key (NestedKey): where the values are written.
         mask_key (NestedKey, optional): boolean, [*, N], read where it is there.

@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 from torchrl.objectives.value import ValueEstimatorBase
 
 from benchmarl_trust import functional as F
-from benchmarl_trust.value.critic import parameter_keys, policy_features
+from benchmarl_trust.policy import parameter_keys, policy_features
 
 #: So many numbers, copies included, does the critic read at once (but never less than one environment's): this bounds
 #: the memory, and what stays in a cache is computed faster.
@@ -38,7 +38,8 @@ class GPAE(ValueEstimatorBase):
     The policy is asked once per call, as it then is. What it says is written to the batch and is data from then on:
     features of its distribution, which the critic reads, and with ``off_policy`` the log-probs of the executed actions
     and their ratios to those of collection. A :class:`~benchmarl_trust.losses.SurrogateLoss` reads the ratios as
-    weights by itself; ``loss.set_keys(sample_log_prob="old_log_prob")`` puts its trust region around this policy.
+    weights by itself; ``loss.set_keys(sample_log_prob="old_log_prob", mask="valid")`` puts its trust region around this
+    policy and leaves out what cannot be weighted.
 
     Args:
         gamma (float): γ in [0, 1].
@@ -56,8 +57,8 @@ class GPAE(ValueEstimatorBase):
     [*, T, 1], all under "next"; ``action``; ``sample_log_prob`` [*, T, N], read if ``off_policy``; ``mask``
     [*, T, N], optional, True where an agent takes part. Written: ``value``, ``advantage``, ``value_target``
     [*, T, N, 1], ``policy_features`` [*, T, N, F], and if ``off_policy`` ``old_log_prob`` [*, T, N], the log-prob under
-    the policy of the call, and ``importance_weight`` [*, T, N], its ratio to the stored one, NaN where that is not
-    finite. The last batch dimension is time.
+    the policy of the call, ``importance_weight`` [*, T, N], its ratio to the stored one, and ``valid`` [*, T, N], True
+    where an agent takes part and that ratio is finite. The last batch dimension is time.
 
     An absent agent, or one whose ratio is NaN, counts as one of ratio 1 and gets advantage 0. An absent agent's value
     goes on, and so does its target: what a death costs or spares the team is part of the advantage of the last action
@@ -102,6 +103,7 @@ class GPAE(ValueEstimatorBase):
         policy_features: NestedKey = "policy_features"
         old_log_prob: NestedKey = "old_log_prob"
         importance_weight: NestedKey = "importance_weight"
+        valid: NestedKey = "valid"
         mask: NestedKey = "mask"
 
     default_keys = _AcceptedKeys
@@ -139,7 +141,7 @@ class GPAE(ValueEstimatorBase):
         """What is written."""
         keys = self.tensor_keys
         out = [keys.advantage, keys.value_target, keys.value, keys.policy_features]
-        return [*out, keys.old_log_prob, keys.importance_weight] if self.off_policy else out
+        return [*out, keys.old_log_prob, keys.importance_weight, keys.valid] if self.off_policy else out
 
     @property
     def _observation_keys(self) -> list[NestedKey]:
@@ -212,6 +214,8 @@ class GPAE(ValueEstimatorBase):
         if self.off_policy:
             out[keys.old_log_prob] = old_log_prob
             out[keys.importance_weight] = F.importance_weight(log_ratio)
+            present = batch.get(keys.mask, None)
+            out[keys.valid] = log_ratio.isfinite() if present is None else present & log_ratio.isfinite()
         return out
 
     def _evaluate(self, batch: TensorDictBase, params: TensorDictBase | None) -> tuple[Tensor, ...]:

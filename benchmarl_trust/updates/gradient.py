@@ -8,48 +8,68 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from benchmarl_trust import functional as F
-from benchmarl_trust.updates.sweep import Agent, StepInfo
+from benchmarl_trust.policy import Agent, surrogate_of
+from benchmarl_trust.updates.sweep import StepInfo
+
+#: What a step reads of an agent's data, where it is there.
+COLUMNS = ("inputs", "action", "advantage", "old_log_prob", "mask", "shift")
 
 
 @dataclass
 class GradientStep:
     r"""One optimizer step of one agent.
 
-    .. math:: L_i = - \operatorname{mean}(w · \mathrm{gain}(x_i, A)) - c_H \operatorname{mean}(H_i), \qquad
+    .. math:: L_i = - \operatorname{mean}(w · \mathrm{gain}(x_i + \log g, A)) - c_H \operatorname{mean}(H_i), \qquad
         x_i = \log π_i - \log π_i^{old}
+
+    g is a factor inside the gain, 1 for all but A2PO.
 
     Args:
         surrogate (str): a key of :data:`benchmarl_trust.functional.SURROGATES`.
-        epsilon (float): radius of its trust region.
+        epsilon (float or pair): radius of its trust region.
         entropy_coef (float): c_H.
         max_grad_norm (float, optional): clip the gradient's norm to this.
         max_grad_value (float, optional): clip the gradient's entries to this.
+        by_position (bool): the agent at position k of N has the radius ε (1 + k/N)/2 (Wang et al. 2023, A2PO's
+            ``near_linear`` schedule with weight ½, the authors').
     """
 
     surrogate: str
-    epsilon: float
+    epsilon: F.Epsilon
     entropy_coef: float = 0.0
     max_grad_norm: float | None = None
     max_grad_value: float | None = None
+    by_position: bool = False
 
-    def __call__(self, agent: Agent, data: Mapping, weight: Tensor) -> StepInfo:
-        """Step on all rows of ``data``, weighted by ``weight`` [*]."""
-        loss = self.loss(agent, data, weight)
+    def __call__(self, agent: Agent, data: Mapping, weight: Tensor, place: float = 1.0) -> StepInfo:
+        """Step on all rows of ``data``, weighted by ``weight`` [*]; ``place`` is the agent's position k/N."""
+        loss = self.loss(agent, data, weight, place)
         agent.policy.backward(loss)
         grad_norm = self._clip(agent.policy.parameters)
         agent.optimizer.step()
         return StepInfo(loss.detach(), grad_norm)
 
-    def loss(self, agent: Agent, data: Mapping, weight: Tensor) -> Tensor:
+    def loss(self, agent: Agent, data: Mapping, weight: Tensor, place: float = 1.0) -> Tensor:
         """L_i, with the graph to the agent's parameters."""
-        mask = data.get("mask", None)
         outputs = agent.policy.forward(data["inputs"])
-        log_prob = agent.policy.log_prob(outputs, data["action"])
-        log_ratio = F.log_ratio(log_prob, data["old_log_prob"], mask)
-        loss = -F.surrogate_objective(self.surrogate, log_ratio, data["advantage"], weight, self.epsilon, mask)
+        loss = -surrogate_of(agent.policy, outputs, data, weight, self.surrogate, self.radius(place))
         if self.entropy_coef:
-            loss = loss - self.entropy_coef * F.masked_mean(agent.policy.entropy(outputs), mask)
+            loss = loss - self.entropy_coef * F.masked_mean(agent.policy.entropy(outputs), data.get("mask", None))
         return loss
+
+    def radius(self, place: float) -> F.Epsilon:
+        """ε at the position k/N.
+
+        Examples:
+            >>> step = GradientStep("clip", 0.2, by_position=True)
+            >>> [round(step.radius(k / 4), 3) for k in (1, 2, 3, 4)]
+            [0.125, 0.15, 0.175, 0.2]
+        """
+        if not self.by_position:
+            return self.epsilon
+        share = (1 + place) / 2
+        pair = isinstance(self.epsilon, tuple)
+        return tuple(share * value for value in self.epsilon) if pair else share * self.epsilon
 
     def _clip(self, parameters: list[nn.Parameter]) -> Tensor:
         norm = nn.utils.clip_grad_norm_(parameters, float("inf") if self.max_grad_norm is None else self.max_grad_norm)
@@ -67,37 +87,51 @@ class MinibatchEpochs:
         epochs (int): passes over the rows.
         minibatch (int): rows per step; the last minibatch of an epoch may be smaller.
         generator (torch.Generator): draws the permutations, on the data's device.
+        rows (int, optional): rows of an epoch; None for all of them.
     """
 
     step: GradientStep
     epochs: int
     minibatch: int
     generator: torch.Generator
+    rows: int | None = None
 
-    def __call__(self, agent: Agent, data: TensorDict, weight: Tensor) -> StepInfo:
+    def __call__(self, agent: Agent, data: TensorDict, weight: Tensor, place: float = 1.0) -> StepInfo:
         """Take the steps; the loss and the gradient norm of the result are means over them."""
         # One gather per epoch and a plain dictionary per minibatch: TensorDicts would cost as much as the network.
-        columns = {key: data[key] for key in ("inputs", "action", "advantage", "old_log_prob")} | {"weight": weight}
-        if "mask" in data.keys():
-            columns["mask"] = data["mask"]
+        names = [name for name in COLUMNS if name in data.keys()]
+        columns = {name: data[name] for name in names} | {"weight": weight}
         infos = []
-        for rows in shuffles(len(data), self.epochs, self.generator):
+        for rows in shuffles(len(data), self.epochs, self.generator, self.rows):
             parts = zip(*(column[rows].split(self.minibatch) for column in columns.values()), strict=True)
             for part in parts:
                 minibatch = dict(zip(columns, part, strict=True))
-                infos.append(self.step(agent, minibatch, minibatch.pop("weight")))
+                infos.append(self.step(agent, minibatch, minibatch.pop("weight"), place))
         return StepInfo(*(torch.stack(values).mean() for values in zip(*infos, strict=True)))
 
 
-def shuffles(rows: int, epochs: int, generator: torch.Generator):
-    """Yield a permutation of the rows for each epoch.
+def shuffles(rows: int, epochs: int, generator: torch.Generator, per_epoch: int | None = None):
+    """Yield the rows of each epoch in random order.
+
+    Args:
+        rows (int): how many there are.
+        epochs (int): how many times to yield.
+        generator (torch.Generator): draws the order, on its device.
+        per_epoch (int, optional): how many of them make an epoch; None for all. With fewer, no row comes again before
+            all have been (if ``per_epoch`` divides ``rows``).
 
     Examples:
-        >>> [len(permutation) for permutation in shuffles(5, 2, torch.Generator())]
+        >>> [len(epoch) for epoch in shuffles(5, 2, torch.Generator())]
         [5, 5]
+        >>> torch.cat(list(shuffles(6, 3, torch.Generator(), per_epoch=2))).sort().values
+        tensor([0, 1, 2, 3, 4, 5])
     """
+    per_epoch, left = per_epoch or rows, ()
     for _ in range(epochs):
-        yield torch.randperm(rows, generator=generator, device=generator.device)
+        if len(left) < per_epoch:
+            left = torch.randperm(rows, generator=generator, device=generator.device)
+        yield left[:per_epoch]
+        left = left[per_epoch:]
 
 
 def fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -8,101 +8,17 @@ Shapes: [*] is [B], or [B, T] for recurrent policies; N the agents of the group.
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, TensorDictSequential
-from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 
-from benchmarl_trust.updates.head import Head, head_of
-
-
-@dataclass(eq=False)  # two policies are the same if they are one object, so that they can be keys
-class AgentPolicy:
-    """One agent's policy: what to run, and what of it to optimise.
-
-    Attributes:
-        body (TensorDictModuleBase): writes the distribution's parameters; of this agent alone (a one-agent twin) or of
-            the whole group.
-        slot (int): the agent's place in what ``body`` reads and writes.
-        index (int): the agent's place in the group.
-        width (int): the number of agents that ``body`` runs.
-        head (Head): the distribution.
-        parameters (list of nn.Parameter): the leaves to optimise. They share memory with the group's policy: an
-            in-place step on them is a step of the policy.
-        sources (list of (nn.Parameter, int or None), optional): where autograd leaves each leaf's gradient, if not in
-            the leaf itself: a parameter of the group and the row of it.
-    """
-
-    body: TensorDictModuleBase
-    slot: int
-    index: int
-    width: int
-    head: Head
-    parameters: list[nn.Parameter]
-    sources: list[tuple[nn.Parameter, int | None]] | None = None
-
-    def inputs(self, batch: TensorDictBase) -> TensorDict:
-        """What ``body`` reads, of the agents that it runs."""
-        keys = [*self.body.in_keys, *(key for key in self.head.keys if key not in self.body.out_keys)]
-        if self.width > 1:
-            return batch.select(*keys, strict=False).detach()
-        inputs = TensorDict({}, batch_size=batch.batch_size, device=batch.device)
-        for key in keys:
-            value = batch.get(key, None)
-            if value is None:
-                continue  # a recurrent state, which training starts from zero
-            if _prefix(key) == _prefix(self.head.keys[0]):  # others (is_init) have no agent dimension
-                value = value.narrow(batch.ndim, self.index, 1).contiguous()
-            inputs[key] = value.detach()
-        return inputs
-
-    def forward(self, inputs: TensorDictBase) -> tuple[Tensor, ...]:
-        """The distribution's parameters for this agent, each [*, ...]."""
-        outputs = self.body(inputs)
-        return tuple(outputs.get(key).select(inputs.ndim, self.slot) for key in self.head.keys)
-
-    def log_prob(self, parameters: tuple[Tensor, ...], action: Tensor) -> Tensor:
-        """Log-prob of base actions (see the head), [*]."""
-        return self.head.log_prob(parameters, action)
-
-    def kl(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> Tensor:
-        """KL(old ‖ new), [*]."""
-        return self.head.kl(old, new)
-
-    def entropy(self, parameters: tuple[Tensor, ...]) -> Tensor:
-        """Entropy, [*]."""
-        return self.head.entropy(parameters, self.index)
-
-    def backward(self, loss: Tensor) -> None:
-        """Leave the gradient of ``loss`` in ``grad`` of the agent's leaves, and nowhere else."""
-        for leaf, gradient in zip(self.parameters, self._gradients(loss), strict=True):
-            leaf.grad = gradient
-
-    def gradient(self, values: Tensor | tuple[Tensor, ...], weights: tuple | None = None, **kwargs) -> Tensor:
-        """The gradient of ``values``, times ``weights`` and summed, with respect to all leaves in one vector, [P].
-
-        ``kwargs`` are those of :func:`torch.autograd.grad`.
-        """
-        gradients = zip(self.parameters, self._gradients(values, grad_outputs=weights, **kwargs), strict=True)
-        return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in gradients])
-
-    def unflatten(self, vector: Tensor) -> list[Tensor]:
-        """A vector [P], or a longer one that is padded at its end, as tensors of the leaves' shapes and types."""
-        sizes = [p.numel() for p in self.parameters]
-        parts = vector[: sum(sizes)].split(sizes)
-        return [part.reshape(p.shape).to(p.dtype) for part, p in zip(parts, self.parameters, strict=True)]
-
-    def _gradients(self, values: Tensor | tuple[Tensor, ...], **kwargs) -> list[Tensor | None]:
-        sources = self.parameters if self.sources is None else [source for source, _ in self.sources]
-        gradients = torch.autograd.grad(values, sources, allow_unused=True, **kwargs)
-        rows = [None] * len(gradients) if self.sources is None else [row for _, row in self.sources]
-        return [g if row is None or g is None else g[row] for g, row in zip(gradients, rows, strict=True)]
+from benchmarl_trust.policy.agent import Agent, AgentPolicy
+from benchmarl_trust.policy.head import head_of
 
 
 class GroupPolicy:
@@ -150,6 +66,51 @@ class GroupPolicy:
     def outputs(self, batch: TensorDictBase) -> TensorDictBase:
         """The distribution's parameters of all agents."""
         return self.body(batch.select(*self.body.in_keys, *self.head.keys, strict=False))
+
+    def make_agents(
+        self,
+        batch: TensorDictBase,
+        advantage: Tensor,
+        mask: Tensor | None = None,
+        optimizers: Sequence[torch.optim.Optimizer | None] | None = None,
+        **columns: Tensor,
+    ) -> list[Agent]:
+        """The group's agents with their data, for :func:`benchmarl_trust.updates.sweep`.
+
+        Args:
+            batch (TensorDictBase): what the policy reads, and the executed actions under the key that it writes them
+                to; batch size [*].
+            advantage (Tensor): A, [*, N].
+            mask (Tensor, optional): boolean, [*, N], True where an agent takes part. What an absent agent did counts
+                nowhere, and may be NaN.
+            optimizers (sequence of Optimizer, optional): one per agent (the same for all of a shared policy); None:
+                without, as natural steps are.
+            **columns (Tensor): further entries, [*, N], of which each agent's data gets its own column.
+
+        Raises:
+            ValueError: if a column is not [*, N].
+
+        Examples: ``examples/torchrl_only.py``.
+        """
+        columns = {"advantage": advantage, **columns} | ({} if mask is None else {"mask": mask})
+        for name, column in columns.items():
+            if column.shape != (*batch.batch_size, self.n_agents):
+                raise ValueError(
+                    f"{name} has shape {tuple(column.shape)}; it must have one entry per step and agent, "
+                    f"{(*batch.batch_size, self.n_agents)} (an advantage of [*, N, 1] wants squeeze(-1))."
+                )
+        actions = self.head.base_action(batch.get(self.policy[-1].out_keys[0]))
+        agents = []
+        for own, optimizer in zip(self.agents, optimizers or [None] * self.n_agents, strict=True):
+            data = TensorDict({"inputs": own.inputs(batch)}, batch_size=batch.batch_size)
+            data["action"] = actions.select(batch.ndim, own.index)
+            for name, column in columns.items():
+                data[name] = column[..., own.index]
+            if mask is not None:  # a NaN has a gradient that no later mask would stop
+                present = data["mask"].reshape(*data.shape, *[1] * (data["action"].ndim - data.ndim))
+                data["action"] = torch.where(present, data["action"], 0)
+            agents.append(Agent(own, optimizer, data))
+        return agents
 
     def _rows(self, named: dict[str, nn.Parameter], example: TensorDictBase) -> dict[str, int | None] | None:
         """For each parameter the agent that owns it, or None if its rows are the agents'; None if one is shared."""
@@ -256,7 +217,3 @@ def _perturbed(module: nn.Module):
 
 def _others(agent: int, n_agents: int) -> list[int]:
     return [i for i in range(n_agents) if i != agent]
-
-
-def _prefix(key: NestedKey) -> tuple[str, ...]:
-    return key[:-1] if isinstance(key, tuple) else ()

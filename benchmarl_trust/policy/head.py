@@ -1,9 +1,16 @@
-"""What a policy's network outputs mean: log-probs, entropy and KL of one agent's actions, as functions of tensors."""
+"""All that is known of a policy's distribution: log-prob, entropy and KL of actions, its features for a critic, and the
+module that makes its parameters of a network's outputs.
+
+Shapes: [*] stands for any dimensions, those of agents included, D for the dimensions of an action.
+"""
 
 import math
 
 import torch
-from tensordict.nn import ProbabilisticTensorDictModule
+from tensordict import TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule
+from tensordict.nn.distributions import NormalParamExtractor
+from tensordict.utils import NestedKey
 from torch import Tensor
 from torch.distributions import Categorical
 from torchrl.modules import IndependentNormal, MaskedCategorical, TanhNormal
@@ -99,3 +106,64 @@ def head_of(module: ProbabilisticTensorDictModule) -> Head:
         raise ValueError(
             f"Sequential updates know the distributions {names}; the policy has {module.distribution_class.__name__}."
         ) from None
+
+
+def normal_extractor(scale_mapping: str, group: str) -> TensorDictModule:
+    """The module that makes means and standard deviations of a network's outputs, as BenchMARL's MAPPO has it.
+
+    Args:
+        scale_mapping (str): how outputs become standard deviations, see TorchRL's ``NormalParamExtractor``.
+        group (str): the group whose ``logits`` it reads and whose ``loc`` and ``scale`` it writes.
+
+    Examples:
+        >>> normal_extractor("exp", "agents").out_keys
+        [('agents', 'loc'), ('agents', 'scale')]
+    """
+    keys = [(group, "loc"), (group, "scale")]
+    return TensorDictModule(NormalParamExtractor(scale_mapping=scale_mapping), [(group, "logits")], keys)
+
+
+def parameter_keys(head: ProbabilisticTensorDictModule) -> dict[str, NestedKey]:
+    """Where a policy's last module reads its distribution's parameters, by their names in the distribution."""
+    names = (key[-1] if isinstance(key, tuple) else key for key in head.dist_keys)
+    return dict(zip(names, head.in_keys, strict=True))
+
+
+def policy_features(head: ProbabilisticTensorDictModule, params: TensorDictBase) -> Tensor:
+    r"""A policy's distribution as numbers, to stand in a critic's input where an action would.
+
+    .. math:: (π(1|o), …, π(K|o)) \quad\text{for discrete actions,}\qquad (μ, \log σ) \quad\text{for continuous ones}
+
+    Masked actions have probability 0. μ and σ are those of the normal before any squashing: the ``loc`` and ``scale``
+    that the policy writes.
+
+    Source: probabilities as in the authors' code (Kim et al., arXiv 2603.02654); mean and log-deviation are this
+    package's choice.
+
+    Args:
+        head (ProbabilisticTensorDictModule): the last module of a policy.
+        params (TensorDictBase): what the modules before it wrote, [*].
+
+    Returns: [*, N, F].
+
+    Raises:
+        ValueError: for a distribution with parameters other than ``loc`` and ``scale``, or ``logits``.
+
+    Examples:
+        >>> head = ProbabilisticTensorDictModule(
+        ...     ["logits"], ["action"], distribution_class=torch.distributions.Categorical
+        ... )
+        >>> from tensordict import TensorDict
+        >>> policy_features(head, TensorDict(logits=torch.zeros(1, 4), batch_size=1))
+        tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
+    """
+    keys = parameter_keys(head)
+    if keys.keys() == {"loc", "scale"}:
+        return torch.cat([params.get(keys["loc"]), params.get(keys["scale"]).log()], -1)
+    if keys.keys() <= {"logits", "mask"}:
+        mask = params.get(keys["mask"]) if "mask" in keys else None
+        return F.categorical_log_probs(params.get(keys["logits"]), mask).exp()
+    raise ValueError(
+        f"A policy with a {head.distribution_class.__name__} of parameters {', '.join(keys)} "
+        "cannot be shown to the critic: the distributions known here have loc and scale, or logits."
+    )

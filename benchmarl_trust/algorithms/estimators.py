@@ -1,0 +1,358 @@
+"""Who deserves what: the estimators of advantages, each with its critic, the batches it keeps and what it logs.
+
+An algorithm has one, named by its key ``estimator``, and asks it for whatever depends on that choice.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from benchmarl.algorithms import EnsembleAlgorithmConfig, Mappo
+from benchmarl.models.common import EnsembleModelConfig, ModelConfig, SequenceModelConfig
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor
+from torchrl.data import (
+    Categorical,
+    Composite,
+    LazyTensorStorage,
+    OneHot,
+    SamplerWithoutReplacement,
+    TensorDictReplayBuffer,
+    Unbounded,
+)
+from torchrl.envs import Compose, Transform
+from torchrl.objectives import ValueEstimators
+
+from benchmarl_trust import functional as F
+from benchmarl_trust.algorithms.checks import check_choice, check_number, refuse
+from benchmarl_trust.algorithms.metrics import advantage_metrics, each_and_mean, mean_of_each, variance_of_each
+from benchmarl_trust.losses import SurrogateLoss
+from benchmarl_trust.value import GPAE, CounterfactualCritic
+
+if TYPE_CHECKING:
+    from benchmarl_trust.algorithms.common import TrustRegion
+
+#: The name of the counterfactual critic's additional input: who did what.
+TABLE = "joint_action"
+#: A log-ratio up to this is rounding when it is logged which ratios exceed a cap.
+ROUNDING = 1e-4
+
+
+class Gae:
+    """The host's: GAE(λ) over MAPPO's critic, on the newest batch alone.
+
+    Args:
+        algorithm (TrustRegion): whose estimator it is.
+        truncation (str), eta (float), n_rollouts (int): see :class:`Gpae`; here only ``n_rollouts=1`` has a meaning.
+
+    Raises:
+        ValueError: on a bad setting, before anything is collected.
+    """
+
+    #: Whether data of older policies is among the batches.
+    off_policy = False
+    #: Whether other agents' values are told this agent's action, so that their advantages are none of its.
+    sees_own_action = False
+
+    def __init__(self, algorithm: "TrustRegion", truncation: str, eta: float, n_rollouts: int):
+        self.algorithm = algorithm
+        self.truncation, self.eta, self.n_rollouts = truncation, eta, n_rollouts
+        self._batches: dict[str, int] = {}
+        F.check_gpae(truncation, eta, algorithm.lmbda, gamma=1, prefix="algorithm.")
+        F.check_gpae(truncation, eta, algorithm.lmbda, gamma=algorithm.experiment_config.gamma, prefix="experiment.")
+        check_number("n_rollouts", n_rollouts, usual=1, least=1, whole=True)
+        self._check()
+
+    def n_batches(self, group: str) -> int:
+        """How many batches are trained on at present."""
+        return 1
+
+    def _check(self) -> None:
+        if self.n_rollouts > 1:
+            refuse(
+                "n_rollouts",
+                self.n_rollouts,
+                "older batches need the ratios of algorithm.estimator=gpae. Take that, or n_rollouts=1.",
+            )
+
+    def critic(self, group: str) -> TensorDictModule:
+        """The value network."""
+        return Mappo.get_critic(self.algorithm, group)
+
+    def attach(self, group: str, loss: SurrogateLoss, policy: TensorDictModule) -> None:
+        """Make the loss's value estimator, which MAPPO's ``process_batch`` calls."""
+        loss.make_value_estimator(
+            ValueEstimators.GAE, gamma=self.algorithm.experiment_config.gamma, lmbda=self.algorithm.lmbda
+        )
+
+    def buffer(self, group: str, transforms: list[Transform] | None) -> TensorDictReplayBuffer:
+        """The group's buffer."""
+        return Mappo.get_replay_buffer(self.algorithm, group, transforms)
+
+    def with_kept(self, group: str, batch: TensorDictBase) -> TensorDictBase:
+        """The batches to train on: this one."""
+        return batch
+
+    def columns(self, group: str, batch: TensorDictBase) -> dict[str, Tensor]:
+        """What a sequential update must know of each agent's samples beside the advantages, each [*, N]."""
+        return {}
+
+    def metrics(self, group: str, batch: TensorDictBase) -> dict[str, Tensor]:
+        """What is logged of the advantages, before they are normalised."""
+        return {}
+
+
+class Gpae(Gae):
+    r"""A per-agent advantage from a counterfactual critic (Kim et al., arXiv 2603.02654).
+
+    See :mod:`benchmarl_trust.functional.gpae`, :class:`~benchmarl_trust.value.GPAE` and
+    :class:`~benchmarl_trust.value.CounterfactualCritic`. The critic's model is the one of the configuration, with the
+    table of joint actions as one more input. EQ_i conditions on the actions of the agent's own group: other groups'
+    actions are not in a group's batch.
+
+    With ``n_rollouts > 1`` the newest batches are kept whole in the group's buffer. In every iteration values,
+    features, ratios and advantages of all of them are computed anew under the policy of the moment, and minibatches,
+    as many and as large as ever, are drawn from all of them without replacement.
+
+    Args:
+        algorithm (TrustRegion): whose estimator it is.
+        truncation (str): of the traces: ``dt``, ``st``, ``it`` or ``none``; without effect if ``n_rollouts`` is 1.
+        eta (float): η ≥ 1, the cap on the teammates' joint ratio in ``dt``.
+        n_rollouts (int): how many batches are trained on; 1 is on-policy.
+    """
+
+    sees_own_action = True
+
+    @property
+    def off_policy(self) -> bool:
+        """Whether there are batches of older policies, and so ratios."""
+        return self.n_rollouts > 1
+
+    def _check(self) -> None:
+        if self.off_policy and isinstance(self.algorithm.experiment.algorithm_config, EnsembleAlgorithmConfig):
+            refuse(
+                "n_rollouts",
+                self.n_rollouts,
+                "an ensemble of algorithms does not hand on a buffer that keeps past batches. Use n_rollouts=1, or "
+                "one algorithm for all groups.",
+            )
+        if not self.algorithm.share_param_critic:
+            refuse(
+                "share_param_critic",
+                False,
+                "GPAE has one critic that is told whose value is wanted. Separate critics would cost the same time "
+                "and N times the parameters. Leave it at True.",
+            )
+
+    def critic(self, group: str) -> CounterfactualCritic:
+        """The configured model as a counterfactual critic."""
+        algorithm = self.algorithm
+        return counterfactual_critic(
+            algorithm.critic_model_config,
+            group,
+            n_agents=len(algorithm.group_map[group]),
+            observation_spec=algorithm.observation_spec,
+            state_spec=algorithm.state_spec,
+            action_spec=algorithm.action_spec,
+            device=algorithm.device,
+        )
+
+    def attach(self, group: str, loss: SurrogateLoss, policy: TensorDictModule) -> None:
+        """Make the loss's value estimator. With older data the loss's ratios are against the policy of the iteration's
+        start, weighted, and what cannot be weighted is masked.
+        """
+        if self.off_policy:
+            keys = {"sample_log_prob": "old_log_prob", "importance_weight": "importance_weight", "mask": "valid"}
+            loss.set_keys(**{key: (group, name) for key, name in keys.items()})
+        estimator = GPAE(
+            gamma=self.algorithm.experiment_config.gamma,
+            lmbda=self.algorithm.lmbda,
+            actor_network=policy,
+            value_network=loss.critic_network,
+            truncation=self.truncation,
+            eta=self.eta,
+            off_policy=self.off_policy,
+        )
+        names = ["reward", "action", "mask", "advantage", "value_target"]
+        names += ["policy_features", "old_log_prob", "importance_weight", "valid"]
+        estimator.set_keys(
+            **{name: (group, name) for name in names},
+            value=(group, "state_value"),
+            sample_log_prob=(group, "log_prob"),
+        )  # done and terminated stay those of the root: the team's
+        loss.make_value_estimator(estimator)
+
+    def buffer(self, group: str, transforms: list[Transform] | None) -> TensorDictReplayBuffer:
+        """BenchMARL's buffer, with room for ``n_rollouts`` batches."""
+        buffer = super().buffer(group, transforms)
+        if not self.off_policy:
+            return buffer
+        config, on_policy = self.algorithm.experiment_config, self.algorithm.on_policy
+        frames, envs = config.collected_frames_per_batch(on_policy), config.n_envs_per_worker(on_policy)
+        steps = -(-frames // envs)  # a batch is whole steps of all environments
+        rows = envs if self.algorithm.has_rnn else envs * steps
+        return TensorDictReplayBuffer(
+            storage=LazyTensorStorage(rows * self.n_rollouts, device=self.algorithm.device),
+            sampler=SamplerWithoutReplacement(),
+            batch_size=buffer._batch_size,
+            transform=Compose(*transforms) if transforms is not None else None,
+        )
+
+    def n_batches(self, group: str) -> int:
+        """How many batches are trained on at present: at first there are fewer than ``n_rollouts``."""
+        return self._batches.get(group, 1)
+
+    def with_kept(self, group: str, batch: TensorDictBase) -> TensorDictBase:
+        """The batches in the buffer, the oldest first, and this one. The buffer is emptied: all come back processed."""
+        if not self.off_policy:
+            return batch
+        if (group, "log_prob") not in batch.keys(True):
+            raise ValueError(
+                f"The batch has no {(group, 'log_prob')}: with algorithm.n_rollouts={self.n_rollouts} the policy must "
+                "store the log-prob of its actions, without which older data has no ratio."
+            )
+        buffer = self.algorithm.experiment.replay_buffers[group]
+        rows, length = batch.shape
+        if len(buffer) == 0:
+            return batch
+        if len(buffer.storage._storage) < buffer.storage.max_size:
+            raise ValueError(
+                f"algorithm.n_rollouts={self.n_rollouts}: the restored checkpoint was saved with fewer, and its "
+                "buffer has no room for as many. Restore with the n_rollouts it was saved with, or save checkpoints "
+                "without their buffers (experiment.exclude_buffer_from_checkpoint=True)."
+            )
+        kept = buffer.storage[: len(buffer)].reshape(-1, length)[-rows * (self.n_rollouts - 1) :]
+        kept = kept.select(*batch.keys(True, True)).to(batch.device)
+        batch = torch.cat([kept, batch])
+        self._batches[group] = len(batch) // rows
+        buffer.empty()
+        return batch
+
+    def columns(self, group: str, batch: TensorDictBase) -> dict[str, Tensor]:
+        """With older data, its ratios to the policy of the iteration's start, and whose are finite."""
+        if not self.off_policy:
+            return {}
+        valid = batch[group, "valid"]
+        log_importance = F.log_ratio(batch[group, "old_log_prob"], batch[group, "log_prob"], valid)
+        return {"log_importance": log_importance, "mask": valid}
+
+    @torch.no_grad()
+    def metrics(self, group: str, batch: TensorDictBase) -> dict[str, Tensor]:
+        """Spread and correlation of the advantages, how well the critic knows its targets, and what the ratios do."""
+        mask = batch.get((group, "mask"), None)
+        advantage, value, target = (batch[group, key] for key in ("advantage", "state_value", "value_target"))
+        metrics = advantage_metrics(advantage.squeeze(-1), mask)
+        unexplained = variance_of_each((target - value).squeeze(-1))
+        unexplained = unexplained / variance_of_each(target.squeeze(-1)).clamp(min=1e-12)
+        metrics |= each_and_mean("value_explained_variance", 1 - unexplained)
+        if self.off_policy:
+            metrics |= self._ratio_metrics(group, batch, mask)
+            envs = self.algorithm.experiment_config.n_envs_per_worker(self.algorithm.on_policy)
+            metrics["data_age"] = torch.full((), (batch.shape[0] / envs - 1) / 2, device=advantage.device)
+        return metrics
+
+    def _ratio_metrics(self, group: str, batch: TensorDictBase, mask: Tensor | None) -> dict[str, Tensor]:
+        """What the traces let through, and the shares of ratios that each cap truncates."""
+        log_ratio = F.log_ratio(batch[group, "old_log_prob"], batch[group, "log_prob"], mask)
+        own = torch.where(log_ratio.isfinite(), log_ratio, 0)
+        others = own.sum(-1, keepdim=True) - own
+        log_eta = math.log(self.eta)
+        steps = {
+            "trace_mean": F.trace_coefficient(own, self.algorithm.lmbda, self.truncation, self.eta),
+            "ratio_above_one": own > ROUNDING,
+            "joint_ratio_above_one": own + others > ROUNDING,
+            "teammates_ratio_above_eta": others > log_eta + ROUNDING,
+            "dt_ratio_above_one": own + others.clamp(max=log_eta) > ROUNDING,
+            "ratio_not_finite": ~log_ratio.isfinite(),
+        }
+        metrics = {}
+        for name, value in steps.items():
+            metrics |= each_and_mean(name, mean_of_each(value.double(), mask))
+        return metrics
+
+
+#: The estimators by the name of the key ``estimator``.
+ESTIMATORS: dict[str, type[Gae]] = {"gae": Gae, "gpae": Gpae}
+
+
+def make_estimator(name: str, algorithm: "TrustRegion", truncation: str, eta: float, n_rollouts: int) -> Gae:
+    """The estimator of that name.
+
+    Raises:
+        ValueError: if there is none, or a setting of it is bad.
+    """
+    check_choice("estimator", name, ESTIMATORS)
+    return ESTIMATORS[name](algorithm, truncation, eta, n_rollouts)
+
+
+def counterfactual_critic(
+    model_config: ModelConfig,
+    group: str,
+    n_agents: int,
+    observation_spec: Composite,
+    state_spec: Composite | None,
+    action_spec: Composite,
+    device: torch.device | str,
+) -> CounterfactualCritic:
+    """A BenchMARL model as a counterfactual critic.
+
+    The model is built as MAPPO builds its shared critic: centralised, over the global state if the task has one and
+    over all observations otherwise. The table of joint actions is one more input: an array per agent beside the
+    observations, or one array beside the state. So every model that takes an array does (an image network in its MLP
+    part, a set network as features of the set's members), and every critic model of MAPPO takes one.
+
+    Args:
+        model_config (ModelConfig): of the critic.
+        group (str): the agents' group.
+        n_agents (int): its size.
+        observation_spec (Composite): of the task, read at ``group``.
+        state_spec (Composite, optional): of the task.
+        action_spec (Composite): of the task, read at ``(group, "action")``.
+        device (torch.device or str): the model's.
+
+    Returns: a critic that writes ``(group, "state_value")``, [*, N, 1].
+    """
+    action = action_spec[group, "action"]
+    discrete = isinstance(action, Categorical | OneHot)
+    width = (action.space.n if discrete else 2 * action.shape[-1]) + 1
+    extra = [1] * (_feature_dims(model_config, group) - 1)
+    if state_spec is not None:
+        input_spec, key, shape = state_spec.clone(), TABLE, (*extra, n_agents * width)
+        input_spec[TABLE] = Unbounded(shape)
+    else:
+        input_spec, key, shape = (
+            Composite({group: observation_spec[group].clone()}),
+            (group, TABLE),
+            (n_agents, *extra, width),
+        )
+        input_spec[group][TABLE] = Unbounded(shape)
+    network = model_config.get_model(
+        input_spec=input_spec.to(device),
+        output_spec=Composite({"state_value": Unbounded(shape=(1,))}),
+        n_agents=n_agents,
+        centralised=True,
+        input_has_agent_dim=state_spec is None,
+        agent_group=group,
+        share_params=True,
+        device=device,
+        action_spec=action_spec,
+    )
+    return CounterfactualCritic(
+        network,
+        table_shape=shape,
+        table_key=key,
+        action_key=(group, "action"),
+        features_key=(group, "policy_features"),
+        value_key=(group, "state_value"),
+        mask_key=(group, "mask"),
+    )
+
+
+def _feature_dims(model_config: ModelConfig, group: str) -> int:
+    """How many trailing dimensions of an input the first model takes for features (an MLP may take several)."""
+    if isinstance(model_config, EnsembleModelConfig):
+        model_config = model_config.model_configs_map[group]
+    if isinstance(model_config, SequenceModelConfig):
+        model_config = model_config.model_configs[0]
+    return getattr(model_config, "num_feature_dims", 1)

@@ -1,0 +1,59 @@
+"""What is logged: a quantity of each agent and its mean, in one transfer to the host."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarl_trust import functional as F
+
+
+def each_and_mean(name: str, values: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
+    """A quantity of each agent, N scalars, and its mean over agents.
+
+    Examples:
+        >>> each_and_mean("kl", torch.tensor([1.0, 3.0]))
+        {'kl_agent_0': tensor(1.), 'kl_agent_1': tensor(3.), 'kl': tensor(2.)}
+    """
+    values = values if isinstance(values, Tensor) else torch.stack(list(values))
+    return {f"{name}_agent_{i}": value for i, value in enumerate(values.unbind())} | {name: values.double().mean()}
+
+
+def to_host(metrics: Mapping[str, Tensor], prefix: str = "") -> dict[str, float]:
+    """The same as numbers, under names with a prefix. The host waits once, whatever their number."""
+    if not metrics:
+        return {}
+    values = torch.stack([value.double() for value in metrics.values()]).tolist()
+    return {f"{prefix}{name}": value for name, value in zip(metrics, values, strict=True)}
+
+
+def mean_of_each(value: Tensor, mask: Tensor | None) -> Tensor:
+    """Each agent's mean over the samples [*, N] in which it takes part, [N]; 0 if there is none."""
+    value = value.flatten(0, -2)
+    if mask is None:
+        return value.mean(0)
+    mask = mask.flatten(0, -2)
+    return torch.where(mask, value, 0).sum(0) / mask.sum(0).clamp(min=1)
+
+
+def variance_of_each(value: Tensor) -> Tensor:
+    """Each agent's variance over the samples [*, N], [N]."""
+    return value.flatten(0, -2).var(0, correction=0)
+
+
+def advantage_metrics(advantage: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    """Mean and spread of each agent's advantages [*, N], and the mean correlation between two agents'."""
+    n_agents = advantage.shape[-1]
+    flat = advantage.reshape(-1, n_agents).double()
+    present = torch.ones_like(flat) if mask is None else mask.reshape(-1, n_agents).double()
+    mean = mean_of_each(flat, mask)
+    centred = (flat - mean) * present
+    std = (centred.square().sum(0) / present.sum(0).clamp(min=1)).sqrt()
+    metrics = each_and_mean("advantage_mean", mean) | each_and_mean("advantage_std", std)
+    if n_agents > 1:
+        both = present.T @ present
+        scale = ((centred.square().T @ present) * (present.T @ centred.square())).sqrt()
+        correlation = (centred.T @ centred) / scale.clamp(min=1e-12)
+        pairs = ~torch.eye(n_agents, dtype=torch.bool, device=flat.device) & (both > 0)
+        metrics["advantage_correlation"] = F.masked_mean(correlation, pairs)
+    return metrics

@@ -1,0 +1,136 @@
+"""The sequential algorithms whose agents take epochs of minibatch gradient steps."""
+
+from dataclasses import MISSING, dataclass
+
+import torch
+from torch import Tensor
+from torchrl.objectives import LossModule
+
+from benchmarl_trust import functional as F
+from benchmarl_trust.algorithms.checks import refuse
+from benchmarl_trust.algorithms.sequential import Sequential, SequentialConfig
+from benchmarl_trust.policy import Agent, log_ratio_of
+from benchmarl_trust.updates import GradientStep, MinibatchEpochs, PositionInfo, fused, shuffles, sweep
+
+
+class SequentialGradient(Sequential):
+    """Epochs of minibatch steps on a surrogate gain, one agent after another, each with an optimizer of its own.
+
+    Args:
+        epsilon_by_position (bool): the agent at position k of N has the radius ε (1 + k/N)/2.
+        actor_epochs (int, optional): passes of each agent over the batch; None: the experiment's
+            ``on_policy_n_minibatch_iters``, so that each agent gets as many steps as MAPPO's policy. (Minibatches of
+            recurrent policies are whole sequences, which can make a step less per epoch.)
+        actor_minibatch_size (int, optional): frames per step of an agent; None: the experiment's
+            ``on_policy_minibatch_size``.
+        **kwargs: those of :class:`~benchmarl_trust.algorithms.sequential.Sequential`.
+
+    Raises:
+        ValueError: on a bad setting, before anything is collected.
+    """
+
+    shared_policy_note = (
+        "The agents will take turns within each minibatch, and the one network makes as many times more steps than "
+        "MAPPO's as there are agents."
+    )
+
+    def __init__(self, epsilon_by_position: bool, actor_epochs: int | None, actor_minibatch_size: int | None, **kwargs):
+        super().__init__(**kwargs)
+        if self.factor == "inside_clip" and self.surrogate != "clip":
+            refuse(
+                "factor",
+                self.factor,
+                f"algorithm.surrogate={self.surrogate} has no clip for the factor to be inside of. Take "
+                "algorithm.surrogate=clip, or factor=full or capped.",
+            )
+        if not isinstance(epsilon_by_position, bool):
+            refuse("epsilon_by_position", epsilon_by_position, "it must be True or False. The usual value is False.")
+        self._check_steps(actor_epochs, actor_minibatch_size)
+        self.epsilon_by_position = epsilon_by_position
+        self.actor_epochs = actor_epochs or self.experiment_config.n_optimizer_steps(self.on_policy)
+        self.minibatch_frames = actor_minibatch_size or self.experiment_config.train_minibatch_size(self.on_policy)
+
+    def _check_steps(self, epochs: int | None, minibatch: int | None) -> None:
+        frames = self.experiment_config.collected_frames_per_batch(self.on_policy)
+        if epochs is not None and epochs < 1:
+            raise ValueError(f"algorithm.actor_epochs={epochs} must be at least 1, or null for the experiment's.")
+        if minibatch is not None and not 1 <= minibatch <= frames:
+            raise ValueError(
+                f"algorithm.actor_minibatch_size={minibatch} must lie between 1 and the {frames} frames of a batch "
+                "(experiment.on_policy_collected_frames_per_batch), or be null for the experiment's."
+            )
+
+    def _get_parameters(self, group: str, loss: LossModule) -> dict[str, list]:
+        """One optimizer per agent (one Adam for all would move the others by stale momentum), and the critic's."""
+        critic = super()._get_parameters(group, loss)
+        names = self._optimizer_names(group)
+        own = {name: agent.parameters for name, agent in zip(names, self._policies[group].agents, strict=True)}
+        return own | critic
+
+    def _optimizer_names(self, group: str) -> list[str]:
+        """The optimizer of each agent of the group; of a shared policy, the same for all."""
+        policy = self._policies[group]
+        return [f"loss_objective_{'shared' if policy.shared else f'agent_{a.index}'}" for a in policy.agents]
+
+    def _optimizers(self, group: str) -> list[torch.optim.Optimizer]:
+        return [fused(self.experiment.optimizers[group][name]) for name in self._optimizer_names(group)]
+
+    def _sweep(self, team: list[str], agents: list[Agent], order: list[int]) -> list[PositionInfo]:
+        chunk, rows = self._chunk(agents), len(agents[0].data) // self.estimator.n_batches(team[0])
+        if self._is_shared(team):
+            return self._minibatch_sweeps(agents, order, rows)
+        step = MinibatchEpochs(self._gradient_step(), self.actor_epochs, chunk, self.generator, rows)
+        return sweep(agents, order, step, self.factor, chunk=chunk, epsilon=self.epsilon[1])
+
+    def _minibatch_sweeps(self, agents: list[Agent], order: list[int], rows: int) -> list[PositionInfo]:
+        """Shared policies: an update of one agent moves the others, so the sweep runs within each minibatch.
+
+        Source: reconstructed after Le & Ta's shared variant, whose running product is never reset; here M starts at 1
+        in every minibatch.
+        """
+        infos, step = [], self._gradient_step()
+        for epoch in shuffles(len(agents[0].data), self.actor_epochs, self.generator, rows):
+            for minibatch in epoch.split(self._chunk(agents)):
+                turns = sweep(agents, order, step, self.factor, minibatch, epsilon=self.epsilon[1])
+                # What was computed on these rows is of no use later, and there may be many minibatches.
+                infos += [turn._replace(log_ratio=None, outputs=()) for turn in turns]
+        return infos
+
+    def _gradient_step(self) -> GradientStep:
+        config = self.experiment_config
+        by_norm = config.clip_grad_norm and config.clip_grad_val is not None
+        return GradientStep(
+            surrogate=self.surrogate,
+            epsilon=self.epsilon,
+            entropy_coef=self.entropy_coef,
+            max_grad_norm=config.clip_grad_val if by_norm else None,
+            max_grad_value=None if by_norm else config.clip_grad_val,
+            by_position=self.epsilon_by_position,
+        )
+
+    def _chunk(self, agents: list[Agent]) -> int:
+        """Rows per minibatch: steps, or whole sequences for recurrent policies, counted as BenchMARL counts them."""
+        if not self.has_rnn:
+            return self.minibatch_frames
+        return -(-self.minibatch_frames // agents[0].data.shape[1])
+
+    def _policy_metrics(self, agent: Agent, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        log_ratio, mask = log_ratio_of(agent.policy, outputs, agent.data), agent.data.get("mask", None)
+
+        def share_outside(surrogate: str) -> Tensor:
+            low, high = F.SURROGATES[surrogate].log_bounds(*self.epsilon)
+            return F.masked_mean(((log_ratio < low) | (log_ratio > high)).to(log_ratio.dtype), mask)
+
+        shares = {"clip_fraction": share_outside("clip"), "outside_fraction": share_outside(self.surrogate)}
+        return super()._policy_metrics(agent, outputs) | shares
+
+
+@dataclass
+class SequentialGradientConfig(SequentialConfig):
+    """What the configurations of these algorithms have; :class:`SequentialGradient` says what the keys mean."""
+
+    epsilon: float = MISSING
+    epsilon_negative: float | None = MISSING
+    epsilon_by_position: bool = MISSING
+    actor_epochs: int | None = MISSING
+    actor_minibatch_size: int | None = MISSING

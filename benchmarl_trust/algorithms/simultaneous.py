@@ -1,0 +1,130 @@
+"""The algorithms whose agents all move at once, in BenchMARL's own loop."""
+
+from dataclasses import MISSING, dataclass
+from typing import NamedTuple
+
+import torch
+from benchmarl.experiment import Callback
+from tensordict import TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictSequential
+from torch import Tensor
+from torchrl.objectives import LossModule
+
+from benchmarl_trust import functional as F
+from benchmarl_trust.algorithms.checks import refuse
+from benchmarl_trust.algorithms.common import TrustRegion, TrustRegionConfig
+from benchmarl_trust.algorithms.metrics import each_and_mean, mean_of_each, to_host
+from benchmarl_trust.policy import Head, head_of
+from benchmarl_trust.runtime import own_callback
+
+
+class Simultaneous(TrustRegion):
+    """All agents of a group move at once, in BenchMARL's own loop.
+
+    Args:
+        **kwargs: those of :class:`~benchmarl_trust.algorithms.common.TrustRegion`; ``factor`` must be None.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        if self.factor is not None:
+            refuse(
+                "factor",
+                self.factor,
+                "all agents move at once, so none is weighed by what others did before it. Leave it at null, or take "
+                "a sequential algorithm such as algorithm=happo.",
+            )
+        self.policy_metrics = own_callback(self.experiment, PolicyMetrics)
+        self._policies: dict[str, ProbabilisticTensorDictSequential] = {}
+
+    def _get_loss(self, group: str, policy_for_loss: TensorDictModule, continuous: bool) -> tuple[LossModule, bool]:
+        self._policies[group] = policy_for_loss
+        return super()._get_loss(group, policy_for_loss, continuous)
+
+    def process_batch(self, group: str, batch: TensorDictBase) -> TensorDictBase:
+        """Advantages and value targets, the advantages normalised as configured.
+
+        The log-probs of a recurrent policy are computed anew: training runs it from a zero state at the start of the
+        batch, where collection had a state, so that with the collected ones the ratios would not start at 1.
+        """
+        newest = batch.shape[0]
+        batch = super().process_batch(group, batch)
+        advantage = F.normalize_advantage(
+            batch[group, "advantage"], self.normalize_advantage, batch.get((group, "mask"), None)
+        )
+        batch.set((group, "advantage"), advantage)
+        if self.model_config.is_rnn:
+            loss, _ = self.get_loss_and_updater(group)
+            batch.set(loss.tensor_keys.sample_log_prob, loss.current_log_prob(batch))
+        frames = self.experiment_config.train_minibatch_size(self.on_policy)
+        self.policy_metrics.remember(
+            group, self._policies[group], self.as_sampled(group, batch[-newest:]), chunk=frames
+        )
+        return batch
+
+
+class _Before(NamedTuple):
+    """A group's policy as it was at the start of the iteration, on the newest batch."""
+
+    policy: TensorDictSequential
+    head: Head
+    inputs: list[TensorDictBase]
+    outputs: tuple[Tensor, ...]
+    mask: Tensor | None
+
+
+class PolicyMetrics(Callback):
+    """Logs of each iteration what BenchMARL's means over its minibatches do not tell.
+
+    ``train/{group}/policy/ratio_min`` and ``ratio_max``, the smallest and the largest ratio; ``kl`` and ``kl_agent_i``,
+    the exact mean KL(old ‖ new) over the newest batch in nats. At equal ε it differs between algorithms by an order of
+    magnitude, so it is what tells whether two runs had equal trust regions.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._before: dict[str, _Before] = {}
+
+    @torch.no_grad()
+    def remember(self, group: str, actor: ProbabilisticTensorDictSequential, batch: TensorDictBase, chunk: int) -> None:
+        """Keep what the policy says of this batch before it is trained.
+
+        Args:
+            group (str): the policy's.
+            actor (ProbabilisticTensorDictSequential): its last module is the distribution.
+            batch (TensorDictBase): [B, T], what the policy reads.
+            chunk (int): frames per forward pass.
+        """
+        head, body = head_of(actor.module[-1]), TensorDictSequential(*actor.module[:-1])
+        keys = dict.fromkeys([*body.in_keys, *head.keys])
+        inputs = batch.select(*(key for key in keys if key not in body.out_keys), strict=False).detach()
+        parts = list(inputs.split(max(1, chunk // batch.shape[1])))
+        mask = batch.get((group, "mask"), None)
+        self._before[group] = _Before(body, head, parts, _outputs(body, head, parts), mask)
+
+    @torch.no_grad()
+    def on_train_end(self, training_td: TensorDictBase, group: str) -> None:
+        """Log them."""
+        if group not in self._before:
+            return  # a group of an ensemble with another algorithm
+        before = self._before.pop(group)
+        kl = before.head.kl(before.outputs, _outputs(before.policy, before.head, before.inputs))
+        metrics = each_and_mean("kl", mean_of_each(kl, before.mask))
+        metrics |= {"ratio_min": training_td["ratio_min"].min(), "ratio_max": training_td["ratio_max"].max()}
+        self.experiment.logger.log(
+            to_host(metrics, prefix=f"train/{group}/policy/"), step=self.experiment.n_iters_performed
+        )
+
+
+def _outputs(body: TensorDictSequential, head: Head, parts: list[TensorDictBase]) -> tuple[Tensor, ...]:
+    """The distribution's parameters of all agents, each [B, T, N, ...]."""
+    outputs = [body(part.copy()) for part in parts]
+    return tuple(torch.cat([output.get(key) for output in outputs]) for key in head.keys)
+
+
+@dataclass
+class SimultaneousConfig(TrustRegionConfig):
+    """What the configurations of these algorithms have; :class:`Simultaneous` says what the keys mean."""
+
+    epsilon: float = MISSING
+    epsilon_negative: float | None = MISSING

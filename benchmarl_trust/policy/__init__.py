@@ -1,0 +1,32 @@
+"""One agent's view of a group's policy: its distribution, its parameters, its data, and what it was before."""
+
+from benchmarl_trust.policy.agent import (
+    Agent,
+    AgentPolicy,
+    forward,
+    kl_of,
+    log_ratio_of,
+    old_outputs,
+    remember_old_policy,
+    surrogate_of,
+)
+from benchmarl_trust.policy.group import GroupPolicy, fork_rng
+from benchmarl_trust.policy.head import Head, head_of, normal_extractor, parameter_keys, policy_features
+
+__all__ = [
+    "Agent",
+    "AgentPolicy",
+    "GroupPolicy",
+    "Head",
+    "fork_rng",
+    "forward",
+    "head_of",
+    "kl_of",
+    "log_ratio_of",
+    "normal_extractor",
+    "old_outputs",
+    "parameter_keys",
+    "policy_features",
+    "remember_old_policy",
+    "surrogate_of",
+]
