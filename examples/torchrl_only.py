@@ -69,7 +69,7 @@ for iteration, batch in enumerate(Collector(env, policy, frames_per_batch=frames
         data = {"inputs": own.inputs(batch), "action": action[:, i], "advantage": advantage[:, i, 0]}
         agents.append(Agent(own, optimizer, TensorDict(data, batch_size=frames)))
         remember_old_policy(agents[-1])
-    infos = sweep(agents, torch.randperm(n, generator=generator).tolist(), step, clip_factor=False)
+    infos = sweep(agents, torch.randperm(n, generator=generator).tolist(), step, factor="full")
     for rows in (rows for _ in range(EPOCHS) for rows in torch.randperm(frames, generator=generator).split(MINIBATCH)):
         critic_optimizer.zero_grad()
         loss.critic_loss(batch[rows])["loss_critic"].backward()

@@ -5,14 +5,15 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from benchmarl_trust import ALGORITHMS
+from benchmarl_trust.algorithms.sequential import Sequential
+from benchmarl_trust.algorithms.sequential_natural import SequentialNatural
 
 SIMULTANEOUS = ("kl_approx", "clip_fraction", "outside_fraction", "ratio_min", "ratio_max", "ESS", "entropy")
-SIMULTANEOUS += ("loss_objective",)
-GPAE = (*SIMULTANEOUS, "advantage_std_agent_0", "value_explained_variance")
-SEQUENTIAL = tuple(
-    f"policy_{key}"
-    for key in ("kl", "clip_fraction", "entropy", "loss", "grad_norm", "kl_agent_0", "entropy_agent_0", "loss_agent_0")
-)
+SIMULTANEOUS += ("loss_objective", "policy_ratio_min", "policy_ratio_max", "policy_kl", "policy_kl_agent_0")
+GPAE = ("advantage_std_agent_0", "value_explained_variance")
+SEQUENTIAL_KEYS = ("kl", "clip_fraction", "outside_fraction", "entropy", "loss", "grad_norm")
+SEQUENTIAL_KEYS += ("kl_agent_0", "entropy_agent_0", "loss_agent_0")
+SEQUENTIAL = tuple(f"policy_{key}" for key in SEQUENTIAL_KEYS)
 NATURAL_KEYS = ("kl", "entropy", "loss", "grad_norm", "kl_bound", "kl_spent", "score", "step_size")
 NATURAL_KEYS += ("accepted_fraction", "backtracks", "rejected", "gain_predicted", "gain_realised", "cg_residual")
 NATURAL = tuple(f"policy_{key}{agent}" for key in NATURAL_KEYS for agent in ("", "_agent_0"))
@@ -25,7 +26,6 @@ class Case(NamedTuple):
 
     name: str
     overrides: Mapping = MappingProxyType({})
-    logged: tuple[str, ...] = SIMULTANEOUS
 
     @property
     def id(self) -> str:
@@ -33,11 +33,17 @@ class Case(NamedTuple):
 
     @property
     def sequential(self) -> bool:
-        return self.logged in (SEQUENTIAL, NATURAL)
+        return issubclass(ALGORITHMS[self.name].associated_class(), Sequential)
 
     @property
     def natural(self) -> bool:
-        return self.logged is NATURAL
+        return issubclass(ALGORITHMS[self.name].associated_class(), SequentialNatural)
+
+    @property
+    def logged(self) -> tuple[str, ...]:
+        """What is logged for each group."""
+        keys = NATURAL if self.natural else SEQUENTIAL if self.sequential else SIMULTANEOUS
+        return keys + (GPAE if self.config().estimator == "gpae" else ())
 
     @property
     def entropy(self) -> dict:
@@ -54,17 +60,17 @@ class Case(NamedTuple):
 
 CASES = [
     Case("mars"),
-    Case("mars", {"penalty": "log"}),
+    Case("mars", {"surrogate": "log"}),
     Case("maspo"),
-    Case("happo", logged=SEQUENTIAL),
-    Case("cliphappo", logged=SEQUENTIAL),
-    Case("hatrpo", logged=NATURAL),
-    Case("cliphatrpo", logged=NATURAL),
-    Case("hatrpow", logged=NATURAL),
-    Case("hatrpow", {"s_estimator": "split", "order": "score"}, logged=NATURAL),
-    Case("hatrpog", logged=NATURAL),
-    Case("gpae", logged=GPAE),
-    Case("gpae", {"n_rollouts": 3, "objective": "reciprocal"}, logged=GPAE),
+    Case("happo"),
+    Case("cliphappo"),
+    Case("hatrpo"),
+    Case("cliphatrpo"),
+    Case("hatrpow"),
+    Case("hatrpow", {"s_estimator": "split", "order": "score"}),
+    Case("hatrpog"),
+    Case("gpae"),
+    Case("gpae", {"n_rollouts": 3, "surrogate": "reciprocal"}),
 ]
 #: Where a setting of an algorithm makes no difference: one case each, and off-policy GPAE, whose batches differ.
 MAIN = [case for case in CASES if not case.overrides or case.name == "gpae"]

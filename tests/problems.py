@@ -17,7 +17,7 @@ from torch import nn
 from torchrl.data import Composite, Unbounded
 from torchrl.modules import IndependentNormal, MaskedCategorical, TanhNormal
 
-from benchmarl_trust.updates import Agent, GroupPolicy
+from benchmarl_trust.policy import GroupPolicy
 
 N, FEATURES, ACTIONS, KINDS = 3, 4, 2, 5
 LAYERS = {"activation_class": nn.Tanh, "layer_class": nn.Linear}
@@ -140,17 +140,7 @@ def _head(distribution, n_agents, dtype):
 
 def make_agents(problem, lr=1e-2, **adam):
     """Agents with data and optimizers, as an algorithm would make them."""
-    actions = problem.group.head.base_action(problem.batch["agents", "action"])
-    shared = torch.optim.Adam(problem.group.agents[0].parameters, lr=lr, **adam) if problem.group.shared else None
-    agents = []
-    for agent in problem.group.agents:
-        data = TensorDict(
-            {
-                "inputs": agent.inputs(problem.batch),
-                "action": actions.select(problem.batch.ndim, agent.index),
-                "advantage": problem.batch["advantage"][..., agent.index],
-            },
-            batch_size=problem.batch.batch_size,
-        )
-        agents.append(Agent(agent, shared or torch.optim.Adam(agent.parameters, lr=lr, **adam), data))
-    return agents
+    group = problem.group
+    shared = torch.optim.Adam(group.agents[0].parameters, lr=lr, **adam) if group.shared else None
+    optimizers = [shared or torch.optim.Adam(agent.parameters, lr=lr, **adam) for agent in group.agents]
+    return group.make_agents(problem.batch, problem.batch["advantage"], optimizers=optimizers)

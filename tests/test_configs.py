@@ -29,7 +29,7 @@ def test_mappo_keys_and_defaults_are_kept(name):
     other = {"gpae": {"lmbda": 0.95}}.get(name, {})  # its authors'
     for field in fields(MappoConfig):
         key = field.name
-        if key == "clip_epsilon" and not hasattr(ours, key):
+        if key == "clip_epsilon":
             if hasattr(ours, "kl_threshold"):
                 continue  # its trust region is a bound on the KL
             key = "epsilon"
@@ -89,7 +89,8 @@ def test_every_algorithm_has_a_case():
         (MarsConfig, "epsilon", -0.2, "0 < algorithm.epsilon < 0.5"),
         (MarsConfig, "epsilon", 0.5, "0 < algorithm.epsilon < 0.5"),
         (MarsConfig, "epsilon", float("nan"), "0 < algorithm.epsilon < 0.5"),
-        (MarsConfig, "penalty", "quadratic", "reciprocal, log"),
+        (MarsConfig, "surrogate", "square", "clip, quadratic, reciprocal, log"),
+        (MarsConfig, "estimator", "td", "gae, gpae"),
         (MarsConfig, "normalize_advantage", "agents", "none, batch, per_agent"),
         (MaspoConfig, "epsilon", 1.0, "0 < algorithm.epsilon < 1.0"),
         (MaspoConfig, "epsilon_negative", 0.0, "0 < algorithm.epsilon_negative < 1.0"),

@@ -52,7 +52,7 @@ def results(folder: Path) -> list[dict]:
 
 
 def test_kill_a_run_with_overrides_then_evaluate_and_resume(tmp_path):
-    overrides = ["algorithm=mars", "algorithm.epsilon=0.1", "algorithm.penalty=log", *TINY]
+    overrides = ["algorithm=mars", "algorithm.epsilon=0.1", "algorithm.surrogate=log", *TINY]
     overrides += ["experiment.checkpoint_interval=40", "experiment.keep_checkpoints_num=1"]
     overrides += ["experiment.max_n_iters=100000"]
     with (tmp_path / "out.txt").open("w") as out:

@@ -13,7 +13,7 @@ def each_and_mean(name: str, values: Tensor | Sequence[Tensor]) -> dict[str, Ten
 
     Examples:
         >>> each_and_mean("kl", torch.tensor([1.0, 3.0]))
-        {'kl_agent_0': tensor(1.), 'kl_agent_1': tensor(3.), 'kl': tensor(2.)}
+        {'kl_agent_0': tensor(1.), 'kl_agent_1': tensor(3.), 'kl': tensor(2., dtype=torch.float64)}
     """
     values = values if isinstance(values, Tensor) else torch.stack(list(values))
     return {f"{name}_agent_{i}": value for i, value in enumerate(values.unbind())} | {name: values.double().mean()}

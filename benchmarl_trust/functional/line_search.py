@@ -10,6 +10,8 @@ from torch import Tensor
 KL_SLACK = 1e-6
 #: ... nor that of the KL itself: each of its terms is a difference of numbers near 1, off by some units of rounding.
 KL_ROUNDING = 8
+#: This may matter as much as a hundredth of δ, not more.
+KL_ROUNDING_SHARE = 0.01
 
 
 class Search(NamedTuple):
@@ -41,7 +43,7 @@ def line_search(
 ) -> Search:
     r"""The largest fraction f = c^k, k = 0 ... trials - 1, of a step that keeps the KL bound and its promise.
 
-    .. math:: θ = θ_{old} + f Δ: \quad KL ≤ δ (1 + 10^{-6}) + 8 u, \quad J(θ) - J(θ_{old}) > 0, \quad
+    .. math:: θ = θ_{old} + f Δ: \quad KL ≤ δ (1 + 10^{-6}) + \min(8 u, δ/100), \quad J(θ) - J(θ_{old}) > 0, \quad
         \frac{J(θ) - J(θ_{old})}{f\, g^T Δ} > a
 
     with u the rounding of the KL's type, 1.2e-7 for float32.
@@ -82,8 +84,7 @@ def line_search(
                 parameter.copy_(old + fraction * change)
             gain, kl = evaluate()
             kept = (gain > 0) & (gain > accept_ratio * fraction * expected)
-            bound = kl_bound * (1 + KL_SLACK) + KL_ROUNDING * torch.finfo(kl.dtype).eps
-            accepted = bool(kept & (kl <= bound) & gain.isfinite() & kl.isfinite())
+            accepted = bool(kept & _within(kl, kl_bound) & gain.isfinite() & kl.isfinite())
             search = Search(zero, zero, zero, zero + k + 1)
             if accepted:
                 return Search(zero + fraction, kl, gain, zero + k + 1)
@@ -92,3 +93,10 @@ def line_search(
         if not accepted:
             for parameter, old in zip(parameters, before, strict=True):
                 parameter.copy_(old)
+
+
+def _within(kl: Tensor, bound: Tensor | float) -> Tensor:
+    """Whether the KL keeps its bound, but for rounding."""
+    rounding = KL_ROUNDING * torch.finfo(kl.dtype).eps
+    bound = torch.as_tensor(bound, dtype=torch.float64)
+    return kl <= bound * (1 + KL_SLACK) + (bound * KL_ROUNDING_SHARE).clamp(max=rounding)

@@ -62,7 +62,7 @@ class AgentPolicy:
         return inputs
 
     def _is_of_agents(self, key: NestedKey) -> bool:
-        """Whether the entry lies where the agents' are, however deep: (agents, observation, RGB) beside (agents, loc)."""
+        """Whether the entry is the agents', however deep: (agents, observation, RGB) beside (agents, loc)."""
         group = _path(self.head.keys[0])[:-1]
         return _path(key)[: len(group)] == group if group else key != "is_init"
 

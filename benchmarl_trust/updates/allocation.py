@@ -116,7 +116,7 @@ class GreedyAllocation:
         low (float): least bound of an agent.
         high (float): largest bound of an agent; what is left of D wins over ``low``.
         solver (NaturalGradient): computes the directions.
-        order (sequence of int, optional): who moves when; None: the largest score first, compared anew before each turn.
+        order (sequence of int, optional): who moves when; None: the largest score first, compared before each turn.
         estimator (str): of the scores, see :func:`scores`.
         cap (float, optional): if given, δ = min(cap, what is left) in place of the agent's share.
     """

@@ -2,8 +2,9 @@ r"""One agent's natural-gradient step: a direction times a search along it, unde
 
 .. math:: (F + λI) d = g, \qquad q = d^T (F + λI) d, \qquad Δ = \sqrt{2δ / q}\; d, \qquad s = (g^T d)^2 / q
 
-g is the gradient of the surrogate (:func:`~benchmarl_trust.policy.surrogate_of` with the gain r A), F the Hessian of the
-mean KL (:func:`~benchmarl_trust.policy.kl_of`) where the agent stands; :func:`~benchmarl_trust.functional.line_search` walks back from Δ.
+g is the gradient of the surrogate (:func:`~benchmarl_trust.policy.surrogate_of` with the gain r A) and F the Hessian of
+the mean KL (:func:`~benchmarl_trust.policy.kl_of`) where the agent stands;
+:func:`~benchmarl_trust.functional.line_search` walks back from Δ.
 √(2 s δ) is what the step is to gain.
 
 Shapes: n agents, P parameters each (padded with zeros to the largest), [*] the batch.

@@ -38,8 +38,8 @@ def advantage_score(advantage: Tensor, value: Tensor, mask: Tensor | None = None
 
     .. math:: score_i = \operatorname{mean} |A_i| / \max(|V_i|, \operatorname{mean} |V| / 100)
 
-    Source: Wang et al. 2023 (A2PO), the authors' code, which divides by V itself; the lower bound, by which a value near
-    0 does not decide alone, is ours.
+    Source: Wang et al. 2023 (A2PO), the authors' code, which divides by V itself; the lower bound, by which a value
+    near 0 does not decide alone, is ours.
 
     Args:
         advantage (Tensor): A, normalised as the updates will use it, [*, N].

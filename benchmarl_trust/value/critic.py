@@ -68,8 +68,8 @@ class CounterfactualCritic(TensorDictModuleBase):
             (N, F + 1) for a network with an agent dimension, (N (F + 1),) for one without.
         table_key (NestedKey): where the network reads the table.
         action_key (NestedKey): executed actions, see :func:`counterfactual_table`.
-        features_key (NestedKey): :func:`~benchmarl_trust.policy.policy_features`, as the estimator wrote them. They are data like the
-            observations, the same for the target and the regression on it.
+        features_key (NestedKey): :func:`~benchmarl_trust.policy.policy_features`, as the estimator wrote them. They
+            are data like the observations, the same for the target and the regression on it.
         value_key (NestedKey): where the values are written.
         mask_key (NestedKey, optional): boolean, [*, N], read where it is there.
 

@@ -15,7 +15,7 @@ from torchrl.data import Categorical, Composite, Unbounded
 
 from benchmarl_trust import GpaeConfig
 from benchmarl_trust import functional as F
-from benchmarl_trust.algorithms.gpae import counterfactual_critic
+from benchmarl_trust.algorithms.estimators import counterfactual_critic
 
 N, OBS, KINDS, DIMS = 3, 4, 5, 2
 
@@ -250,8 +250,8 @@ def test_a_sample_counts_with_its_importance_weight(make_experiment):
         ("lmbda", 1.5),
         ("n_rollouts", 0),
         ("truncation", "double"),
-        ("objective", "log"),
-        ("clip_epsilon", 0),
+        ("surrogate", "linear"),
+        ("epsilon", 0),
         ("share_param_critic", False),
     ],
 )

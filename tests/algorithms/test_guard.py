@@ -172,7 +172,7 @@ def test_three_bad_iterations_in_a_row_end_the_run(make_experiment):
 def test_own_callbacks_once_at_the_end_and_the_list_of_the_user_untouched(make_experiment):
     from benchmarl.algorithms import EnsembleAlgorithmConfig
 
-    from benchmarl_trust.algorithms.common import RatioExtremes
+    from benchmarl_trust.algorithms.simultaneous import PolicyMetrics
     from benchmarl_trust.algorithms.guard import FiniteGuard
     from benchmarl_trust.algorithms.resume import LatestCheckpoint, ResumeState
 
@@ -182,7 +182,7 @@ def test_own_callbacks_once_at_the_end_and_the_list_of_the_user_untouched(make_e
         EnsembleAlgorithmConfig({"speaker": config, "listener": config}), task=speaker_listener(), callbacks=mine
     )
     assert len(mine) == 1
-    added = [FiniteGuard, ResumeState, LatestCheckpoint, RatioExtremes]
+    added = [FiniteGuard, ResumeState, LatestCheckpoint, PolicyMetrics]
     assert [type(callback) for callback in experiment.callbacks] == [Callback, *added]
     # A list that is passed on to a second experiment brings it no callback of the first.
     first, second = SimpleNamespace(callbacks=mine), SimpleNamespace()

@@ -103,8 +103,8 @@ def test_greed_orders_by_score_and_w_can(run):
 
 def test_fixed_orders_in_w_and_g(run):
     for config in (
-        configured(HatrpoWConfig, fixed_order=[2, 0, 1]),
-        configured(HatrpoGConfig, order="random", fixed_order=[2, 0, 1]),
+        configured(HatrpoWConfig, order=[2, 0, 1]),
+        configured(HatrpoGConfig, order=[2, 0, 1]),
     ):
         logged = scalars(run(config))
         assert [logged[f"train_agents_policy_order_position_{k}"] for k in range(3)] == [[2, 2], [0, 0], [1, 1]]
@@ -141,19 +141,21 @@ def test_the_settings_reach_the_solver(make_experiment):
         (HatrpoConfig, {"backtrack_coeff": 1.0}, "above 0 and below 1"),
         (HatrpoConfig, {"entropy_coef": 0.01}, "Leave it at 0"),
         (HatrpoConfig, {"advantage": "joint"}, "per_agent, team"),
-        (HatrpoConfig, {"fixed_order": [0, 1]}, "a permutation of 0 ... 2"),
+        (HatrpoConfig, {"order": [0, 1]}, "a permutation of 0 ... 2"),
         *((config, {"kl_total": 0.0}, "above 0") for config in JOINT),
         *((config, {"kl_max": 0.0}, "above 0") for config in JOINT),
         *((config, {"kl_min": -0.1}, "at least 0") for config in JOINT),
         *((config, {"kl_min": 0.011}, "give kl_min at most 0.01") for config in JOINT),
         *((config, {"kl_max": 0.001}, "raise kl_max or lower kl_min") for config in JOINT),
         *((config, {"s_estimator": "exact"}, "plugin, split") for config in JOINT),
-        (HatrpoWConfig, {"allocation": "greedy"}, "kkt, uniform"),
-        (HatrpoWConfig, {"order": "greedy"}, "random, score"),
+        (HatrpoWConfig, {"allocation": "shares"}, "uniform, kkt, greedy"),
+        (HatrpoWConfig, {"order": "greedy"}, "allocation=greedy"),
         (HatrpoWConfig, {"order": "score", "allocation": "uniform"}, "allocation=kkt"),
-        (HatrpoWConfig, {"order": "score", "fixed_order": True}, "fixed_order=False"),
-        (HatrpoGConfig, {"order": "score"}, "greedy, random"),
-        (HatrpoGConfig, {"fixed_order": True}, "order=random"),
+        (HatrpoWConfig, {"order": "largest"}, "random, fixed, semi_greedy, score, greedy"),
+        (HatrpoGConfig, {"order": "score"}, "allocation=kkt"),
+        (HatrpoGConfig, {"order": True}, "a permutation of 0 ... 2"),
+        (HatrpoConfig, {"kl_min": 0.001}, "equal shares"),
+        (HatrpoConfig, {"kl_max": 0.02}, "equal shares"),
         (HatrpoGConfig, {"bound": "kkt"}, "share, cap"),
         (HatrpoGConfig, {"kappa": 0.0}, "above 0"),
     ],
@@ -183,6 +185,15 @@ def test_a_budget_must_fit_the_groups_of_its_own_algorithm_alone(make_experiment
     experiment = make_experiment(EnsembleAlgorithmConfig({"adversary": configured(HatrpoConfig), "agent": mine}), task)
     experiment.run()
     assert scalars(experiment)["train_agent_policy_kl_bound_agent_0"] == pytest.approx([0.02, 0.02])
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "separate"])
+@pytest.mark.parametrize(("allocation", "preset"), [("kkt", HatrpoWConfig), ("greedy", HatrpoGConfig)])
+def test_an_allocation_makes_hatrpo_the_preset_bit_for_bit(allocation, preset, share, run):
+    one = run(configured(HatrpoConfig, allocation=allocation), share_policy_params=share)
+    other = run(configured(preset), share_policy_params=share)
+    for p, q in zip(one.losses["agents"].parameters(), other.losses["agents"].parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 class SpoilActions(Callback):

@@ -15,7 +15,7 @@ from conftest import policy_parameters, scalars
 from environments import CrewTask, StandInTask
 
 from benchmarl_trust import ALGORITHMS, ClipHappoConfig, HappoConfig
-from benchmarl_trust.algorithms import sequential_clip as sequential_module
+from benchmarl_trust.algorithms import sequential_gradient as sequential_module
 
 sequential = pytest.mark.parametrize(
     "case", [case for case in CASES if case.sequential], ids=[case.id for case in CASES if case.sequential]
@@ -80,7 +80,7 @@ class TestIdentities:
 
         def joint_policy_phase(team):
             algorithm = ours.algorithm
-            from benchmarl_trust.updates import remember_old_policy
+            from benchmarl_trust.policy import remember_old_policy
 
             agents = algorithm._agents(team)
             for agent in agents:
@@ -125,14 +125,14 @@ class TestIdentities:
 
 
 class TestOrders:
-    @pytest.mark.parametrize(("fixed_order", "expected"), [(True, [0, 1, 2]), ([2, 0, 1], [2, 0, 1])])
-    def test_fixed(self, fixed_order, expected, run):
-        logged = scalars(run(happo(fixed_order=fixed_order)))
+    @pytest.mark.parametrize(("order", "expected"), [("fixed", [0, 1, 2]), ([2, 0, 1], [2, 0, 1])])
+    def test_fixed(self, order, expected, run):
+        logged = scalars(run(happo(order=order)))
         for position, agent in enumerate(expected):
             assert logged[f"train_agents_policy_order_position_{position}"] == [agent, agent]
 
     def test_an_order_must_fit_the_groups_of_its_own_algorithm_alone(self, make_experiment):
-        adversaries, agent = happo(fixed_order=[2, 0, 1]), happo(fixed_order=True)
+        adversaries, agent = happo(order=[2, 0, 1]), happo(order="fixed")
         experiment = make_experiment(
             EnsembleAlgorithmConfig({"adversary": adversaries, "agent": agent}), task=simple_tag()
         )
@@ -338,8 +338,8 @@ class TestPolicyPhase:
     def seen(self, make_experiment, monkeypatch, config, **settings):
         seen = {}
 
-        def catch(agents, order, step, clip_factor, rows=None, chunk=None):
-            seen.update(agents=agents, order=order, step=step, clip_factor=clip_factor)
+        def catch(agents, order, step, factor, rows=None, chunk=None, epsilon=None):
+            seen.update(agents=agents, order=order, step=step, factor=factor)
             raise StopIteration
 
         monkeypatch.setattr(sequential_module, "sweep", catch)
@@ -349,18 +349,18 @@ class TestPolicyPhase:
         return experiment, seen
 
     @pytest.mark.parametrize("share", [True, False], ids=["shared", "separate"])
-    @pytest.mark.parametrize(("config", "clipped"), [(HappoConfig, False), (ClipHappoConfig, True)])
+    @pytest.mark.parametrize(("config", "clipped"), [(HappoConfig, "full"), (ClipHappoConfig, "capped")])
     def test_the_cap(self, config, clipped, share, make_experiment, monkeypatch):
         _, seen = self.seen(make_experiment, monkeypatch, happo(config), share_policy_params=share)
-        assert seen["clip_factor"] is clipped
+        assert seen["factor"] == clipped
 
     @pytest.mark.parametrize(("by_norm", "norm", "value"), [(True, 3.0, None), (False, None, 3.0)])
     def test_the_step(self, by_norm, norm, value, make_experiment, monkeypatch):
-        config = happo(entropy_coef=0.03, clip_epsilon=0.1)
+        config = happo(entropy_coef=0.03, epsilon=0.1)
         settings = {"clip_grad_norm": by_norm, "clip_grad_val": 3.0}
         _, seen = self.seen(make_experiment, monkeypatch, config, **settings)
         step = seen["step"].step
-        assert (step.surrogate, step.epsilon, step.entropy_coef) == ("clip", 0.1, 0.03)
+        assert (step.surrogate, step.epsilon, step.entropy_coef) == ("clip", (0.1, 0.1), 0.03)
         assert (step.max_grad_norm, step.max_grad_value) == (norm, value)
 
     def test_masks_are_handed_on(self, make_experiment, monkeypatch):
@@ -388,7 +388,7 @@ class TestPolicyPhase:
 
 def test_logs_of_a_shared_policy_are_of_its_final_state(make_experiment):
     """One minibatch of all frames: its rows are permuted, and it was an agent's turn only once."""
-    from benchmarl_trust.updates import forward, log_ratio_of
+    from benchmarl_trust.policy import forward, log_ratio_of
 
     experiment = make_experiment(
         happo(actor_epochs=1, actor_minibatch_size=40), share_policy_params=True, max_n_iters=1, lr=0.01
@@ -402,7 +402,7 @@ def test_logs_of_a_shared_policy_are_of_its_final_state(make_experiment):
         outputs = forward(agent, agent.data)
         kl = agent.policy.kl((agent.data["old_0"], agent.data["old_1"]), outputs).mean()
         assert logged[f"train_agents_policy_kl_agent_{i}"] == [pytest.approx(kl.item(), rel=1e-4)]
-        ratio = log_ratio_of(agent, agent.data, outputs).exp()
+        ratio = log_ratio_of(agent.policy, outputs, agent.data).exp()
         outside = ((ratio < 0.8) | (ratio > 1.2)).float().mean().item()
         assert logged[f"train_agents_policy_clip_fraction_agent_{i}"] == [pytest.approx(outside, abs=1e-6)]
 
@@ -440,18 +440,20 @@ class TestSharing:
 @pytest.mark.parametrize(
     ("key", "value", "cure"),
     [
-        ("clip_epsilon", 0.0, "0 < algorithm.clip_epsilon < 1.0"),
+        ("epsilon", 0.0, "0 < algorithm.epsilon < 1.0"),
         ("actor_epochs", 0, "at least 1"),
         ("actor_epochs", -2, "at least 1"),
         ("actor_minibatch_size", 41, "between 1 and the 40 frames"),
         ("actor_minibatch_size", 0, "between 1 and the 40 frames"),
         ("advantage", "joint", "per_agent, team"),
         ("normalize_advantage", "agents", "none, batch, per_agent"),
-        ("fixed_order", [0, 1], "a permutation of 0 ... 2"),
-        ("fixed_order", [0, 1, 1], "a permutation of 0 ... 2"),
-        ("fixed_order", "random", "a permutation of 0 ... 2"),
-        ("fixed_order", None, "a permutation of 0 ... 2"),
-        ("fixed_order", 2, "a permutation of 0 ... 2"),
+        ("order", [0, 1], "a permutation of 0 ... 2"),
+        ("order", [0, 1, 1], "a permutation of 0 ... 2"),
+        ("order", [0.0, 1.0, 2.0], "a permutation of 0 ... 2"),
+        ("order", [False, True, 2], "a permutation of 0 ... 2"),
+        ("order", "score", "random, fixed, semi_greedy"),
+        ("order", True, "a permutation of 0 ... 2"),
+        ("order", 2, "a permutation of 0 ... 2"),
     ],
 )
 def test_bad_values_are_refused_before_collection(key, value, cure, make_experiment):
@@ -522,7 +524,7 @@ class OverflowFactor(Callback):
 def test_an_infinite_factor_stops_nobody(name, make_experiment):
     """Policies at the bounds of their actions come to such ratios; what weighs a loss ends at e^20."""
     config = ALGORITHMS[name].get_from_yaml()
-    config.fixed_order = [1, 0, 2]
+    config.order = [1, 0, 2]
     experiment = make_experiment(config, callbacks=[OverflowFactor()], max_n_iters=1)
     before = policy_parameters(experiment)
     experiment.run()

@@ -6,7 +6,6 @@ from benchmarl.algorithms import MappoConfig
 from conftest import policy_parameters, scalars
 
 from benchmarl_trust import ClipHappoConfig, HappoConfig, MarsConfig, MaspoConfig
-from benchmarl_trust.algorithms.common import Simultaneous
 from benchmarl_trust.functional import normalize_advantage
 
 MAPPO = {
@@ -29,43 +28,36 @@ def config_of(kind, **settings):
     return config
 
 
-class ClipConfig(MarsConfig):
-    """MARS with the clip: what is left is MAPPO."""
-
-    def get_algorithm(self, experiment):
-        settings = {key: value for key, value in self.__dict__.items() if key != "penalty"}
-        return Simultaneous(**settings, surrogate="clip", experiment=experiment)
-
-
 @pytest.mark.parametrize("changed", ["nothing", *MAPPO])
 def test_with_the_clip_it_is_mappo(changed, run):
     settings = {} if changed == "nothing" else {changed: MAPPO[changed]}
     mappo = config_of(MappoConfig, clip_epsilon=0.15, **settings)
-    ours = config_of(ClipConfig, epsilon=0.15, **settings)
+    ours = config_of(MarsConfig, surrogate="clip", epsilon=0.15, **settings)
     one, other = (run(config, lr=0.01, gamma=0.8) for config in (mappo, ours))
     for p, q in zip(one.losses["agents"].parameters(), other.losses["agents"].parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("config", "settings", "surrogate", "epsilon", "clip_factor"),
+    ("config", "settings", "surrogate", "epsilon", "factor"),
     [
-        (MarsConfig, {"epsilon": 0.3}, "reciprocal", (0.3, 0.3), False),
-        (MarsConfig, {"epsilon": 0.7, "penalty": "log"}, "log", (0.7, 0.7), False),
-        (MaspoConfig, {"epsilon": 0.3}, "quadratic", (0.3, 0.3), False),
-        (MaspoConfig, {"epsilon": 0.3, "epsilon_negative": 0.1}, "quadratic", (0.1, 0.3), False),
-        (HappoConfig, {"clip_epsilon": 0.3}, "clip", (0.3, 0.3), False),
-        (ClipHappoConfig, {"clip_epsilon": 0.3}, "clip", (0.3, 0.3), True),
+        (MarsConfig, {"epsilon": 0.3}, "reciprocal", (0.3, 0.3), None),
+        (MarsConfig, {"epsilon": 0.7, "surrogate": "log"}, "log", (0.7, 0.7), None),
+        (MaspoConfig, {"epsilon": 0.3}, "quadratic", (0.3, 0.3), None),
+        (MaspoConfig, {"epsilon": 0.3, "epsilon_negative": 0.1}, "quadratic", (0.1, 0.3), None),
+        (HappoConfig, {"epsilon": 0.3}, "clip", (0.3, 0.3), "full"),
+        (HappoConfig, {"epsilon": 0.3, "surrogate": "reciprocal"}, "reciprocal", (0.3, 0.3), "full"),
+        (ClipHappoConfig, {"epsilon": 0.3, "epsilon_negative": 0.2}, "clip", (0.2, 0.3), "capped"),
     ],
 )
-def test_the_configuration_reaches_the_loss(config, settings, surrogate, epsilon, clip_factor, make_experiment):
+def test_the_configuration_reaches_the_loss(config, settings, surrogate, epsilon, factor, make_experiment):
     experiment = make_experiment(config_of(config, **settings))
     loss = experiment.losses["agents"]
     assert (loss.surrogate, loss.epsilon) == (surrogate, epsilon)
     if config in (HappoConfig, ClipHappoConfig):
         step = experiment.algorithm._gradient_step()
-        assert (step.surrogate, step.epsilon) == (surrogate, epsilon[0])
-        assert experiment.algorithm.clip_factor is clip_factor
+        assert (step.surrogate, step.epsilon) == (surrogate, epsilon)
+    assert experiment.algorithm.factor == factor
 
 
 @pytest.mark.parametrize("over", ["none", "batch", "per_agent"])

@@ -79,8 +79,8 @@ def test_team_advantage_is_the_mean_of_those_present():
 def test_factor_weight():
     log_factor = torch.tensor([-1.0, 0.0, 2.0, 19.0, 21.0, 500.0])
     expected = torch.tensor([-1.0, 0.0, 2.0, 19.0, 20.0, 20.0]).exp()
-    torch.testing.assert_close(factor_weight(log_factor, clip=False), expected)
-    torch.testing.assert_close(factor_weight(log_factor, clip=True), torch.tensor([math.exp(-1), 1, 1, 1, 1, 1]))
+    torch.testing.assert_close(factor_weight(log_factor, "full").weight, expected)
+    torch.testing.assert_close(factor_weight(log_factor, "capped").weight, torch.tensor([math.exp(-1), 1, 1, 1, 1, 1]))
 
 
 def test_no_normalization_changes_nothing():

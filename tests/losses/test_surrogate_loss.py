@@ -168,8 +168,8 @@ def test_the_factor_weighs_each_step():
     batch = batch_for(actor)
     batch["factor"] = torch.linspace(0.2, 3, 64, dtype=torch.float64).unsqueeze(-1)
     gains = -surrogate_loss(actor, critic, reduction="none")(batch.exclude("factor"))["loss_objective"]
-    for clip_factor, weight in ((False, batch["factor"]), (True, batch["factor"].clamp(max=1))):
-        out = surrogate_loss(actor, critic, clip_factor=clip_factor)(batch)
+    for kind, weight in (("full", batch["factor"]), ("capped", batch["factor"].clamp(max=1))):
+        out = surrogate_loss(actor, critic, factor=kind)(batch)
         torch.testing.assert_close(out["loss_objective"], -(weight * gains).mean())
     with pytest.raises(ValueError, match="one number per step"):
         surrogate_loss(actor, critic)(batch.set("factor", batch["log_prob"]))
@@ -274,7 +274,7 @@ def test_importance_weights_multiply_each_agents_gain():
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("surrogate", ["clip", "quadratic", "reciprocal"])
 @pytest.mark.parametrize("old", [torch.nan, torch.inf, -torch.inf])
-def test_samples_whose_importance_weight_is_not_finite_count_nowhere(surrogate, old, masked):
+def test_masked_samples_whose_importance_weight_is_not_finite_count_nowhere(surrogate, old, masked):
     actor, critic = networks("categorical")
     batch = batch_for(actor)
     loss = surrogate_loss(actor, critic, surrogate=surrogate, entropy_coeff=0.01)
@@ -282,7 +282,7 @@ def test_samples_whose_importance_weight_is_not_finite_count_nowhere(surrogate, 
     keep = torch.rand(64, N) < 0.7
     if masked:
         batch["mask"] = torch.rand(64, N) < 0.7
-    expected = batch.clone().set("mask", keep & batch["mask"] if masked else keep)
+    expected = batch.set("mask", keep & batch["mask"] if masked else keep).clone()
     batch["importance_weight"][~keep] = torch.nan
     batch["log_prob"][~keep] = old
     gradients = []

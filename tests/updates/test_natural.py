@@ -12,19 +12,17 @@ from torch import nn
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
 from torchrl.modules import IndependentNormal, MaskedCategorical
 
+from benchmarl_trust.policy import GroupPolicy, remember_old_policy
 from benchmarl_trust.updates import (
     GreedyAllocation,
-    GroupPolicy,
     KktAllocation,
     NaturalGradient,
     NaturalStep,
     UniformAllocation,
-    remember_old_policy,
     sweep,
 )
 from benchmarl_trust.updates import allocation as allocation_module
 from benchmarl_trust.updates.natural import LocalModel
-from benchmarl_trust.updates.sweep import Agent
 
 DAMPING, DELTA = 0.1, 0.01
 EXACT = NaturalGradient(cg_iters=400, cg_damping=DAMPING, cg_tolerance=1e-26)
@@ -152,7 +150,8 @@ def test_product_solution_and_step_equal_the_dense_ones(model, distribution, twi
     torch.testing.assert_close(proposal.direction[0], direction, rtol=1e-6, atol=1e-6 * float(direction.abs().max()))
     torch.testing.assert_close(proposal.score[0], gradient @ direction, rtol=1e-6, atol=0)
 
-    step = NaturalStep(agents, UniformAllocation(agents, len(agents) * DELTA, EXACT))
+    step = NaturalStep(agents, UniformAllocation(agents, len(agents) * DELTA, EXACT, [1, 0, 2]))
+    assert step.choose(weight, []) == 1
     info = step(agent, agent.data, weight)
     full = math.sqrt(2 * DELTA / float(gradient @ direction)) * direction
     after = dense.vector + info.accepted_fraction * full
@@ -165,17 +164,15 @@ def test_product_solution_and_step_equal_the_dense_ones(model, distribution, twi
 
 
 @pytest.mark.parametrize("order", [[2, 0, 1], [0]], ids=["three agents", "one agent: TRPO"])
-@pytest.mark.parametrize("clip_factor", [False, True])
-def test_the_sweep_equals_a_dense_loop(clip_factor, order):
+@pytest.mark.parametrize("kind", ["full", "capped"])
+def test_the_sweep_equals_a_dense_loop(kind, order):
     settings = {"rows": 16, "n_agents": len(order)}
     ours, theirs = make_problem("mlp", "normal", **settings), make_problem("mlp", "normal", twin=False, **settings)
     agents = remembered(ours)
-    infos = sweep(
-        agents, order, NaturalStep(agents, UniformAllocation(agents, len(agents) * DELTA, EXACT)), clip_factor
-    )
+    infos = moved(agents, UniformAllocation(agents, len(agents) * DELTA, EXACT, order), kind)
     factor = torch.ones(16, dtype=torch.float64)
     for i, info in zip(order, infos, strict=True):
-        dense = Dense(theirs, i, factor.clamp(max=1) if clip_factor else factor)
+        dense = Dense(theirs, i, factor.clamp(max=1) if kind == "capped" else factor)
         damped = dense.fisher() + DAMPING * torch.eye(len(dense.vector), dtype=torch.float64)
         direction = torch.linalg.solve(damped, dense.gradient())
         full = (2 * DELTA / (dense.gradient() @ direction)).sqrt() * direction
@@ -202,8 +199,7 @@ def test_realised_kl_never_exceeds_the_bound(distribution, kl_bound):
         for agent in agents:
             agent.data["advantage"] = torch.randn(32, dtype=torch.float64, generator=torch.manual_seed(seed))
             remember_old_policy(agent)
-        allocation = UniformAllocation(agents, N * kl_bound, NaturalGradient())
-        for info in sweep(agents, [0, 1, 2], NaturalStep(agents, allocation), clip_factor=False):
+        for info in moved(agents, UniformAllocation(agents, N * kl_bound, NaturalGradient(), [0, 1, 2])):
             old = tuple(agents[info.agent].data[f"old_{k}"] for k in range(len(info.outputs)))
             kl = agents[info.agent].policy.kl(old, info.outputs).mean()
             assert kl <= kl_bound * (1 + 1e-6)
@@ -220,14 +216,15 @@ def unchanged(problem, before):
 
 
 def allocations(agents):
-    yield UniformAllocation(agents, N * DELTA, NaturalGradient())
+    yield UniformAllocation(agents, N * DELTA, NaturalGradient(), [0, 1, 2])
     for estimator in ("plugin", "split"):
-        yield KktAllocation(agents, 3 * DELTA, 0.001, 1.0, NaturalGradient(), estimator)
-        yield GreedyAllocation(agents, 3 * DELTA, 0.001, 1.0, NaturalGradient(), estimator)
+        yield KktAllocation(agents, 3 * DELTA, 0.001, 1.0, NaturalGradient(), [0, 1, 2], estimator)
+        yield GreedyAllocation(agents, 3 * DELTA, 0.001, 1.0, NaturalGradient(), None, estimator)
 
 
-def order_of(allocation):
-    return allocation.choose if isinstance(allocation, GreedyAllocation) else [0, 1, 2]
+def moved(agents, allocation, factor="full", **search):
+    step = NaturalStep(agents, allocation, **search)
+    return sweep(agents, step.choose, step, factor)
 
 
 @pytest.mark.parametrize("kind", range(5), ids=["uniform", "kkt", "greedy", "kkt split", "greedy split"])
@@ -238,7 +235,7 @@ def test_zero_gradient_is_no_step(kind):
         agent.data["advantage"].zero_()
     before = parameters_of(problem)
     allocation = list(allocations(agents))[kind]
-    infos = sweep(agents, order_of(allocation), NaturalStep(agents, allocation), clip_factor=False)
+    infos = moved(agents, allocation)
     assert unchanged(problem, before)
     for info in infos:
         assert info.finite
@@ -254,13 +251,13 @@ def test_one_agents_bad_gradient_leaves_the_others(kind, bad):
     agents[1].data["advantage"][3] = bad
     before = parameters_of(problem)
     allocation = list(allocations(agents))[kind]
-    infos = sweep(agents, order_of(allocation), NaturalStep(agents, allocation), clip_factor=False)
+    infos = moved(agents, allocation)
     assert sorted(info.agent for info in infos) == [0, 1, 2]
     assert {info.agent for info in infos if not info.finite} == {1}
     scores = {info.agent: info.step.score for info in infos}  # which a split estimate may find to be 0
     for p, q in zip(problem.policy.parameters(), before, strict=True):
-        moved = [not torch.equal(p[i], q[i]) for i in range(N)]
-        assert moved == [True, False, bool(scores[2] > 0) or not isinstance(allocation, GreedyAllocation)]
+        changed = [not torch.equal(p[i], q[i]) for i in range(N)]
+        assert changed == [True, False, bool(scores[2] > 0) or not isinstance(allocation, GreedyAllocation)]
     assert all(p.isfinite().all() for p in problem.policy.parameters())
 
 
@@ -279,7 +276,7 @@ def test_broken_curvature_is_no_step(kind, good, monkeypatch):
 
     monkeypatch.setattr(LocalModel, "fisher_product", broken)
     allocation = list(allocations(agents))[kind]
-    infos = sweep(agents, order_of(allocation), NaturalStep(agents, allocation), clip_factor=False)
+    infos = moved(agents, allocation)
     assert not any(info.finite for info in infos)
     assert unchanged(problem, before)
     for info in infos:
@@ -295,7 +292,7 @@ def test_greed_stops_when_no_candidate_improves(monkeypatch):
     monkeypatch.setattr(allocation_module, "scores", lambda *args: torch.zeros(len(args[1]), dtype=torch.float64))
     for cap in (None, DELTA):
         allocation = GreedyAllocation(agents, 3 * DELTA, 0.001, 1.0, NaturalGradient(), cap=cap)
-        infos = sweep(agents, allocation.choose, NaturalStep(agents, allocation), clip_factor=False)
+        infos = moved(agents, allocation)
         assert all(info.step.kl_bound == 0 for info in infos)
         assert unchanged(problem, before)
 
@@ -304,9 +301,8 @@ def test_a_rejected_step_reports_zeros_and_restores():
     problem = make_problem()
     agents = remembered(problem)
     before = parameters_of(problem)
-    allocation = UniformAllocation(agents, N * DELTA, NaturalGradient())
-    step = NaturalStep(agents, allocation, accept_ratio=50.0)  # no step keeps fifty times its promise
-    for info in sweep(agents, [0, 1, 2], step, clip_factor=False):
+    allocation = UniformAllocation(agents, N * DELTA, NaturalGradient(), [0, 1, 2])
+    for info in moved(agents, allocation, accept_ratio=50.0):  # no step keeps fifty times its promise
         assert info.finite
         assert info.step.rejected == 1
         assert info.step.backtracks == 10
@@ -328,7 +324,7 @@ def test_shared_policies_bound_the_joint_kl_from_the_old_policies(model, aligned
             if aligned:
                 agent.data["advantage"] = agent.data["action"].sum(-1)
         allocation = list(allocations(agents))[kind]
-        infos = sweep(agents, order_of(allocation), NaturalStep(agents, allocation), clip_factor=False)
+        infos = moved(agents, allocation)
         assert sorted(info.agent for info in infos) == [0, 1, 2]
         assert any(info.step.accepted_fraction > 0 for info in infos)
         joint = torch.zeros((), dtype=torch.float64)
@@ -346,7 +342,7 @@ def test_joint_budgets_are_kept(kind):
     problem = make_problem("mlp", "tanh", rows=64)
     agents = remembered(problem)
     allocation = list(allocations(agents))[kind]
-    infos = sweep(agents, order_of(allocation), NaturalStep(agents, allocation), clip_factor=False)
+    infos = moved(agents, allocation)
     assert sum(info.step.kl_spent for info in infos) <= 3 * DELTA * (1 + 1e-5)
     bounds = torch.stack([info.step.kl_bound for info in infos])
     assert (bounds.max() - bounds.min()) > 1e-4
@@ -366,21 +362,21 @@ def test_greed_follows_the_scores_under_the_present_factor():
         rest = [i for i in range(N) if i not in moved]
         models = [LocalModel(agents[i], agents[i].data) for i in rest]
         score = EXACT(models, [model.gradient(weight)[1] for model in models]).score
-        i = allocation.choose(weight, moved)
+        i = natural.choose(weight, moved)
         assert i == rest[int(score.argmax())]
         torch.testing.assert_close(allocation.remaining.item(), left, rtol=1e-6, atol=0)
         expected = min(max(left * float(score.max() / score.sum()), 0.002), 0.02, left)
-        seen.append((allocation._turn.kl_bound.item(), expected))
+        seen.append((natural._turn.kl_bound.item(), expected))
         return i
 
-    def step(agent, data, weight):
+    def step(agent, data, weight, place):
         nonlocal left
-        info = natural(agent, data, weight)
+        info = natural(agent, data, weight, place)
         left -= float(info.kl_spent)
         return info
 
     natural = NaturalStep(agents, allocation)
-    sweep(agents, choose, step, clip_factor=False)
+    sweep(agents, choose, step, factor="full")
     for bound, expected in seen:
         assert bound == pytest.approx(expected, rel=0.02)  # directions are brought up to date by a few iterations
     assert len(seen) == N
@@ -390,7 +386,7 @@ def test_greed_with_a_cap_and_with_a_given_order():
     problem = make_problem("mlp", "normal", rows=32)
     agents = remembered(problem)
     allocation = GreedyAllocation(agents, 3 * DELTA, 0.0, 1.0, NaturalGradient(), cap=2 * DELTA, order=[1, 2, 0])
-    infos = sweep(agents, allocation.choose, NaturalStep(agents, allocation), clip_factor=False)
+    infos = moved(agents, allocation)
     assert [info.agent for info in infos] == [1, 2, 0]
     left = 3 * DELTA
     for info in infos:
@@ -404,9 +400,9 @@ def test_a_warm_start_solves_the_new_system():
     agents = remembered(problem)
     kkt = KktAllocation(agents, 3 * DELTA, 0.0, 1.0, NaturalGradient())
     weight = (0.1 * torch.randn(64, dtype=torch.float64)).exp()  # an effective sample size of .99
-    for agent in agents:
-        warm = kkt(agent, agent.data, weight).proposal
-        fresh = UniformAllocation(agents, N * DELTA, NaturalGradient())(agent, agent.data, weight).proposal
+    fresh_solves = UniformAllocation(agents, N * DELTA, NaturalGradient(), kkt.order)
+    for k in range(N):
+        warm, fresh = (allocation.next(weight, kkt.order[:k]).proposal for allocation in (kkt, fresh_solves))
         torch.testing.assert_close(warm.gradient, fresh.gradient)
         assert warm.residual.norm() < 0.1 * warm.gradient.norm()
 
@@ -434,14 +430,10 @@ def gaussian_team(c, sigma, dtype=torch.float64):
     group = GroupPolicy(policy, n, batch)
     reward = (corners * torch.tensor(c, dtype=dtype)).sum(-1)
     advantage = (reward - reward.mean()) / reward.std(correction=0)
-    agents = []
-    for agent in group.agents:
-        data = TensorDict(
-            {"inputs": agent.inputs(batch), "action": corners[:, agent.index, None], "advantage": advantage},
-            batch_size=2**n,
-        )
-        agents.append(Agent(agent, None, data))
-        remember_old_policy(agents[-1])
+    batch["agents", "action"] = corners.unsqueeze(-1)
+    agents = group.make_agents(batch, advantage.unsqueeze(-1).expand(-1, n))
+    for agent in agents:
+        remember_old_policy(agent)
     return policy, agents
 
 
@@ -454,24 +446,21 @@ def near(got, expected, tolerance=1e-8):
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=tolerance)
 
 
-def run_gaussians(make_allocation, c=(3.0, 4.0), sigma=(1.0, 1.0), order=None):
+def run_gaussians(make_allocation, c=(3.0, 4.0), sigma=(1.0, 1.0)):
     policy, agents = gaussian_team(c, sigma)
-    allocation = make_allocation(agents)
-    order = order or list(range(len(c)))
-    chosen = allocation.choose if isinstance(allocation, GreedyAllocation) else order
-    infos = sweep(agents, chosen, NaturalStep(agents, allocation), clip_factor=False)
+    infos = moved(agents, make_allocation(agents))
     return next(policy.parameters()).detach().squeeze(-1), infos
 
 
 def test_closed_form_uniform():
-    means, infos = run_gaussians(lambda agents: UniformAllocation(agents, 0.02, NaturalGradient(10, 0.0)))
+    means, infos = run_gaussians(lambda agents: UniformAllocation(agents, 0.02, NaturalGradient(10, 0.0), [0, 1]))
     near(means, [0.14142136, 0.14142136])
     near(values(infos, "kl_spent"), [0.01, 0.01])
     near(values(infos, "gain_realised").sum(), 0.19666740)
 
 
 def test_closed_form_w():
-    means, infos = run_gaussians(lambda agents: KktAllocation(agents, 0.02, 0.0, 1.0, NaturalGradient(10, 0.0)))
+    means, infos = run_gaussians(lambda agents: KktAllocation(agents, 0.02, 0.0, 1.0, NaturalGradient(10, 0.0), [0, 1]))
     near(values(infos, "score"), [9 / 25, 16 / 25])
     near(values(infos, "kl_bound"), [0.0072, 0.0128])
     near(values(infos, "kl_spent"), [0.0072, 0.0128])
@@ -481,13 +470,13 @@ def test_closed_form_w():
 
 
 def test_closed_form_w_with_damping():
-    means, infos = run_gaussians(lambda agents: KktAllocation(agents, 0.02, 0.0, 1.0, NaturalGradient(10, 0.1)))
+    means, infos = run_gaussians(lambda agents: KktAllocation(agents, 0.02, 0.0, 1.0, NaturalGradient(10, 0.1), [0, 1]))
     near(means, [0.11441551, 0.15255401])
     near(values(infos, "kl_spent"), [0.00654545, 0.01163636])
 
 
 def test_closed_form_w_of_three():
-    allocate = lambda agents: KktAllocation(agents, 0.03, 0.0, 1.0, NaturalGradient(10, 0.0))  # noqa: E731
+    allocate = lambda agents: KktAllocation(agents, 0.03, 0.0, 1.0, NaturalGradient(10, 0.0), [0, 1, 2])  # noqa: E731
     means, infos = run_gaussians(allocate, (1.0, 3.0, 2.0), (2.0, 0.5, 1.0))
     near(values(infos, "kl_bound"), [0.01170732, 0.00658537, 0.01170732])
     expected = torch.tensor([2.0, 0.5, 1.0]).double() * (2 * values(infos, "kl_bound")).sqrt()
@@ -499,7 +488,7 @@ def test_w_gives_every_unclipped_agent_the_same_step_length():
     _, agents = gaussian_team((1.0, 3.0, 2.0), (2.0, 0.5, 1.0))
     kkt = KktAllocation(agents, 0.03, 0.0, 1.0, NaturalGradient(10, 0.0))
     weight = torch.ones(8, dtype=torch.float64)
-    turns = [kkt(agent, agent.data, weight) for agent in agents]
+    turns = [kkt.next(weight, kkt.order[:k]) for k in range(3)]
     lengths = torch.stack([(2 * turn.kl_bound / turn.proposal.curvature[0]).sqrt() for turn in turns])
     torch.testing.assert_close(lengths, lengths[:1].expand(3), rtol=1e-9, atol=0)
 

@@ -14,15 +14,13 @@ from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDict
 from tensordict.nn.distributions import NormalParamExtractor
 from torchrl.modules import IndependentNormal, MultiAgentMLP
 
+from benchmarl_trust.policy import Agent, GroupPolicy, remember_old_policy
 from benchmarl_trust.updates import (
-    Agent,
     GradientStep,
-    GroupPolicy,
     NaturalGradient,
     NaturalStep,
     StepInfo,
     UniformAllocation,
-    remember_old_policy,
     sweep,
 )
 from benchmarl_trust.updates.natural import LocalModel
@@ -129,12 +127,12 @@ def test_happo_reference_numbers(file, case_name, twin):
     one = GradientStep("clip", config["clip_param"], config["entropy_coef"], config["max_grad_norm"])
     seen = []
 
-    def step(agent, data, weight):
+    def step(agent, data, weight, place):
         infos = [one(agent, data, weight) for _ in range(config["ppo_epoch"])]
         seen.append((weight, infos))
         return StepInfo(*(torch.stack(values).mean() for values in zip(*infos, strict=True)))
 
-    infos = sweep(agents, [2, 0, 1], step, clip_factor=file.startswith("clip"))
+    infos = sweep(agents, [2, 0, 1], step, factor="capped" if file.startswith("clip") else "full")
     log_factor = torch.zeros(64, dtype=torch.float64)
     for info, (weight, epochs), expected in zip(infos, seen, case["steps"], strict=True):
         assert info.agent == expected["agent"]
@@ -156,16 +154,18 @@ def test_hatrpo_reference_numbers(file, case_name, twin):
     turns = []
 
     class Allocation(UniformAllocation):
-        def __call__(self, agent, data, weight):
+        def next(self, weight, moved):
+            agent = self.agents[self.order[len(moved)]]
             given = case["steps"][len(turns)]["fvp_on_given_vector"]
-            product = LocalModel(agent, data).fisher_product(flat(given["v"], names))
+            product = LocalModel(agent, agent.data).fisher_product(flat(given["v"], names))
             close(product + 0.1 * flat(given["v"], names), flat(given["fvp"], names))
-            turns.append((weight, super().__call__(agent, data, weight)))
+            turns.append((weight, super().next(weight, moved)))
             return turns[-1][1]
 
-    allocation = Allocation(agents, 3 * config["kl_threshold"], NaturalGradient(10, 0.1))
+    allocation = Allocation(agents, 3 * config["kl_threshold"], NaturalGradient(10, 0.1), [2, 0, 1])
     search = {key: config[key] for key in ("ls_step", "accept_ratio", "backtrack_coeff")}
-    infos = sweep(agents, [2, 0, 1], NaturalStep(agents, allocation, **search), clip_factor=file.startswith("clip"))
+    step = NaturalStep(agents, allocation, **search)
+    infos = sweep(agents, step.choose, step, factor="capped" if file.startswith("clip") else "full")
 
     log_factor = torch.zeros(64, dtype=torch.float64)
     for info, (weight, turn), expected in zip(infos, turns, case["steps"], strict=True):

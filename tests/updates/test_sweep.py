@@ -6,15 +6,8 @@ import pytest
 import torch
 from problems import MODELS, RECURRENT, N, make_agents, make_problem
 
-from benchmarl_trust.updates import (
-    GradientStep,
-    GroupPolicy,
-    MinibatchEpochs,
-    fused,
-    remember_old_policy,
-    shuffles,
-    sweep,
-)
+from benchmarl_trust.policy import GroupPolicy, remember_old_policy
+from benchmarl_trust.updates import GradientStep, MinibatchEpochs, fused, shuffles, sweep
 
 CASES = [
     ("mlp", "tanh"),
@@ -39,13 +32,13 @@ def log_prob(problem, rows=slice(None)):
     return problem.policy.get_dist(batch.exclude(("agents", "log_prob"))).log_prob(batch["agents", "action"])
 
 
-def naive_loss(problem, old, factor, agent, rows, clip_factor, entropy_coef=0.0, present=None):
+def naive_loss(problem, old, factor, agent, rows, kind, entropy_coef=0.0, present=None):
     batch = problem.batch[rows]
     dist = problem.policy.get_dist(batch.exclude(("agents", "log_prob")))
     ratio = (dist.log_prob(batch["agents", "action"]) - old[rows]).exp()[..., agent]
     advantage = batch["advantage"][..., agent]
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - EPSILON, 1 + EPSILON) * advantage)
-    weight = factor.clamp(max=1) if clip_factor else factor
+    weight = factor.clamp(max=1) if kind == "capped" else factor
     value = weight * gain
     if entropy_coef:
         value = value + entropy_coef * dist.entropy()[..., agent]
@@ -75,9 +68,9 @@ def generator():
     return torch.Generator().manual_seed(5)
 
 
-@pytest.mark.parametrize("clip_factor", [False, True], ids=["happo", "cliphappo"])
+@pytest.mark.parametrize("kind", ["full", "capped"], ids=["happo", "cliphappo"])
 @pytest.mark.parametrize(("model", "distribution"), CASES)
-def test_separate_policies_equal_a_naive_loop(model, distribution, clip_factor):
+def test_separate_policies_equal_a_naive_loop(model, distribution, kind):
     ours, theirs = (make_problem(model, distribution) for _ in range(2))
     assert not ours.group.shared
     assert ours.group.fast is (model != "gnn")
@@ -85,7 +78,7 @@ def test_separate_policies_equal_a_naive_loop(model, distribution, clip_factor):
     for agent in agents:
         remember_old_policy(agent, chunk=5)
     step = MinibatchEpochs(GradientStep("clip", EPSILON, max_grad_norm=NORM), EPOCHS, SIZE, generator())
-    infos = sweep(agents, order, step, clip_factor, chunk=5)
+    infos = sweep(agents, order, step, kind, chunk=5)
 
     random, moments = generator(), {}
     old = log_prob(theirs).detach()
@@ -93,11 +86,11 @@ def test_separate_policies_equal_a_naive_loop(model, distribution, clip_factor):
     for info, i in zip(infos, order, strict=True):
         torch.testing.assert_close(info.factor_mean, factor.mean(), rtol=1e-9, atol=0)
         torch.testing.assert_close(info.factor_max, factor.max(), rtol=1e-9, atol=0)
-        weighted = (factor.clamp(max=1) if clip_factor else factor) * theirs.batch["advantage"][..., i]
+        weighted = (factor.clamp(max=1) if kind == "capped" else factor) * theirs.batch["advantage"][..., i]
         torch.testing.assert_close(info.advantage_variance, weighted.var(correction=0), rtol=1e-9, atol=0)
         for permutation in shuffles(len(old), EPOCHS, random):
             for rows in permutation.split(SIZE):
-                loss = naive_loss(theirs, old, factor[rows], i, rows, clip_factor)
+                loss = naive_loss(theirs, old, factor[rows], i, rows, kind)
                 naive_adam(theirs, moments, loss, i, shared=False)
         factor = factor * (log_prob(theirs) - old).detach().exp()[..., i]
     for p, q in zip(ours.policy.parameters(), theirs.policy.parameters(), strict=True):
@@ -116,7 +109,7 @@ def test_entropy_bonus_and_absent_agents_equal_a_naive_loop(distribution):
         remember_old_policy(agent)
     one = GradientStep("clip", EPSILON, entropy_coef=0.1, max_grad_norm=NORM)
     step = MinibatchEpochs(one, EPOCHS, SIZE, generator())
-    infos = sweep(agents, order, step, clip_factor=False)
+    infos = sweep(agents, order, step, factor="full")
     random, moments = generator(), {}
     old = log_prob(theirs).detach()
     factor = torch.ones(24, dtype=torch.float64)
@@ -124,7 +117,7 @@ def test_entropy_bonus_and_absent_agents_equal_a_naive_loop(distribution):
         torch.testing.assert_close(info.factor_mean, factor[present[i]].mean(), rtol=1e-9, atol=0)
         for permutation in shuffles(24, EPOCHS, random):
             for rows in permutation.split(SIZE):
-                loss = naive_loss(theirs, old, factor[rows], i, rows, False, entropy_coef=0.1, present=present[i])
+                loss = naive_loss(theirs, old, factor[rows], i, rows, "full", entropy_coef=0.1, present=present[i])
                 naive_adam(theirs, moments, loss, i, shared=False)
         ratio = (log_prob(theirs) - old).detach().exp()[..., i]
         factor = factor * torch.where(present[i], ratio, 1)
@@ -140,9 +133,9 @@ def test_gradients_are_clipped_by_value_too():
     assert max(p.grad.abs().max() for p in agent.policy.parameters) == 1e-3
 
 
-@pytest.mark.parametrize("clip_factor", [False, True], ids=["happo", "cliphappo"])
+@pytest.mark.parametrize("kind", ["full", "capped"], ids=["happo", "cliphappo"])
 @pytest.mark.parametrize(("model", "distribution"), CASES)
-def test_shared_policy_equals_a_naive_loop(model, distribution, clip_factor):
+def test_shared_policy_equals_a_naive_loop(model, distribution, kind):
     ours, theirs = (make_problem(model, distribution, shared=True) for _ in range(2))
     assert ours.group.shared
     agents, order = make_agents(ours), [2, 0, 1]
@@ -153,11 +146,11 @@ def test_shared_policy_equals_a_naive_loop(model, distribution, clip_factor):
     old = log_prob(theirs).detach()
     for permutation in shuffles(len(old), EPOCHS, random):
         for rows in permutation.split(SIZE):
-            infos = sweep(agents, order, step, clip_factor, rows)
+            infos = sweep(agents, order, step, kind, rows)
             factor = torch.ones_like(old[rows][..., 0])
             for info, i in zip(infos, order, strict=True):
                 torch.testing.assert_close(info.factor_mean, factor.mean(), rtol=1e-9, atol=0)
-                naive_adam(theirs, moments, naive_loss(theirs, old, factor, i, rows, clip_factor), i, shared=True)
+                naive_adam(theirs, moments, naive_loss(theirs, old, factor, i, rows, kind), i, shared=True)
                 factor = factor * (log_prob(theirs, rows) - old[rows]).detach().exp()[..., i]
     for p, q in zip(ours.policy.parameters(), theirs.policy.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10)
@@ -175,7 +168,7 @@ def test_only_the_agent_whose_turn_it_is_moves(model, twin):
     def agent_slices(i):
         return [p for k, p in enumerate(problem.group.agents[i].parameters)]
 
-    def step(agent, data, weight):
+    def step(agent, data, weight, place):
         before = [[p.clone() for p in agent_slices(i)] for i in range(N)]
         for _ in range(3):
             info = one(agent, data, weight)
@@ -184,7 +177,7 @@ def test_only_the_agent_whose_turn_it_is_moves(model, twin):
             assert all(moved) if i == agent.policy.index else not any(moved)
         return info
 
-    sweep(agents, [1, 2, 0], step, clip_factor=False)
+    sweep(agents, [1, 2, 0], step, factor="full")
     # Leaves share their memory with the policy: what moved there has moved here.
     fresh = make_problem(model, twin=twin)
     assert all(
@@ -209,7 +202,7 @@ def test_ratios_start_at_one(model, distribution, dtype, tolerance, monkeypatch)
 
 def test_forgetting_the_old_policy_is_named():
     with pytest.raises(ValueError, match="remember_old_policy"):
-        sweep(make_agents(make_problem()), [0, 1, 2], GradientStep("clip", EPSILON), clip_factor=False)
+        sweep(make_agents(make_problem()), [0, 1, 2], GradientStep("clip", EPSILON), factor="full")
 
 
 @pytest.mark.gpu
@@ -224,10 +217,10 @@ def test_no_step_waits_for_the_gpu(distribution, twin, entropy_coef):
         remember_old_policy(agent)
     one = GradientStep("clip", EPSILON, entropy_coef=entropy_coef, max_grad_norm=NORM)
     step = MinibatchEpochs(one, 2, 8, torch.Generator("cuda"))
-    sweep(agents, [0, 1, 2], step, clip_factor=True)
+    sweep(agents, [0, 1, 2], step, factor="capped")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        infos = sweep(agents, [2, 0, 1], step, clip_factor=True)
+        infos = sweep(agents, [2, 0, 1], step, factor="capped")
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(info.finite for info in infos)
@@ -241,17 +234,17 @@ def make_remembered(problem):
 
 
 def test_the_cap_changes_nothing_where_no_factor_exceeds_one():
-    def run(clip_factor, advantage):
+    def run(kind, advantage):
         problem = make_problem("mlp", "categorical")
         problem.batch["agents", "action"][:] = 0  # one action: a step lowers or raises its ratio on every row
         problem.batch["advantage"][:] = advantage
-        infos = sweep(make_remembered(problem), [0, 1, 2], GradientStep("clip", EPSILON), clip_factor)
+        infos = sweep(make_remembered(problem), [0, 1, 2], GradientStep("clip", EPSILON), kind)
         return list(problem.policy.parameters()), [info.factor_max for info in infos]
 
-    (happo, factors), (capped, _) = run(False, -1.0), run(True, -1.0)
+    (happo, factors), (capped, _) = run("full", -1.0), run("capped", -1.0)
     assert max(factors[1:]) < 1
     assert all(torch.equal(p, q) for p, q in zip(happo, capped, strict=True))
-    (happo, factors), (capped, _) = run(False, 1.0), run(True, 1.0)
+    (happo, factors), (capped, _) = run("full", 1.0), run("capped", 1.0)
     assert min(factors[1:]) > 1
     assert not all(torch.equal(p, q) for p, q in zip(happo, capped, strict=True))
 
@@ -261,7 +254,7 @@ def test_capped_variance_is_bounded_by_the_second_moment():
     problem.batch["advantage"][:] = torch.randn(200, 1)
     agents = make_remembered(problem)
     step = MinibatchEpochs(GradientStep("clip", EPSILON), 5, 50, generator())
-    infos = sweep(agents, list(range(8)), step, clip_factor=True)
+    infos = sweep(agents, list(range(8)), step, factor="capped")
     second_moment = problem.batch["advantage"][:, 0].square().mean()
     assert all(info.advantage_variance <= second_moment for info in infos)
     assert infos[-1].factor_max > 1, "the chain itself is not clipped"
@@ -299,7 +292,7 @@ def test_frozen_and_unused_parameters_stay(twin):
     assert not group.shared
     before = frozen.clone()
     agents = make_remembered(problem._replace(group=group))
-    infos = sweep(agents, [0, 1, 2], GradientStep("clip", EPSILON, max_grad_norm=NORM), clip_factor=False)
+    infos = sweep(agents, [0, 1, 2], GradientStep("clip", EPSILON, max_grad_norm=NORM), factor="full")
     assert all(info.finite for info in infos)
     assert torch.equal(frozen, before)
     assert torch.equal(problem.policy.module[0].unused, torch.ones(2))
@@ -332,10 +325,10 @@ def test_a_turn_that_is_not_finite_is_undone_bit_for_bit(broken, first):
     agents = make_remembered(problem)
     one = GradientStep("clip", EPSILON)
     if not first:
-        sweep(agents, [0, 1, 2], one, clip_factor=False)
+        sweep(agents, [0, 1, 2], one, factor="full")
     before = {i: [t.clone() for t in (*a.policy.parameters, *moments(a))] for i, a in enumerate(agents)}
 
-    def step(agent, data, weight):
+    def step(agent, data, weight, place):
         info = one(agent, data, weight)
         if agent.policy.index == 1:
             if broken == "gradient":
@@ -343,7 +336,7 @@ def test_a_turn_that_is_not_finite_is_undone_bit_for_bit(broken, first):
             agent.policy.parameters[0].data.fill_(math.nan)
         return info
 
-    infos = sweep(agents, [0, 1, 2], step, clip_factor=False)
+    infos = sweep(agents, [0, 1, 2], step, factor="full")
     assert [bool(info.finite) for info in infos] == [True, False, True]
     after = [*agents[1].policy.parameters, *moments(agents[1])]
     old = before[1] if not first else [*before[1], *(torch.zeros_like(t) for t in moments(agents[1]))]
@@ -376,7 +369,7 @@ def test_absent_agents_change_nothing():
                 agent.data["advantage"] = torch.where(mask, agent.data["advantage"], math.nan)
             remember_old_policy(agent)
         step = GradientStep("clip", EPSILON, entropy_coef=0.01)
-        infos = sweep(agents, [1, 0, 2], step, clip_factor=False)
+        infos = sweep(agents, [1, 0, 2], step, factor="full")
         assert all(info.finite for info in infos)
         assert infos[0].log_ratio[~mask].abs().max() == 0
         return [p.clone() for p in problem.policy.parameters()]

@@ -7,7 +7,8 @@ from tensordict import TensorDict
 from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule
 from torch import nn
 
-from benchmarl_trust.value import CounterfactualCritic, counterfactual_table, policy_features
+from benchmarl_trust.policy import policy_features
+from benchmarl_trust.value import CounterfactualCritic, counterfactual_table
 
 N = 3
 

@@ -10,7 +10,8 @@ from torchrl.objectives.value import GAE
 
 from benchmarl_trust.functional import trace_coefficient
 from benchmarl_trust.losses import SurrogateLoss
-from benchmarl_trust.value import GPAE, policy_features
+from benchmarl_trust.policy import policy_features
+from benchmarl_trust.value import GPAE
 
 N = 3
 ENDS = ((0, 2, False), (0, 4, True), (1, 0, True), (1, 5, False), (1, 6, True))
@@ -297,7 +298,8 @@ def test_ratios_that_are_no_numbers_are_left_out():
     assert batch["advantage"].isfinite().all()
     assert batch["value_target"].isfinite().all()
     assert batch["advantage"][0, 2, 1] == 0
-    assert (~batch["importance_weight"].isfinite()).nonzero().tolist() == [[0, 2, 1], [1, 2, 1]]
+    assert (~batch["valid"]).nonzero().tolist() == [[0, 2, 1], [1, 2, 1]]
+    assert batch["importance_weight"][~batch["valid"]].tolist() == [0, 0]
 
 
 def test_the_loss_reads_the_ratios_that_the_estimator_writes():
@@ -307,7 +309,7 @@ def test_the_loss_reads_the_ratios_that_the_estimator_writes():
     batch["log_prob"] += 0.3 * torch.randn(batch["log_prob"].shape, dtype=torch.float64)  # of an older policy
     team.estimator(off_policy=True)(batch)
     loss = SurrogateLoss(team.policy, team.critic, surrogate="clip", epsilon=0.1)
-    loss.set_keys(sample_log_prob="old_log_prob")
+    loss.set_keys(sample_log_prob="old_log_prob", mask="valid")
     with torch.no_grad():
         loss.actor_network_params.apply_(lambda x: x + 0.1 * torch.randn_like(x))
         ratio = (loss.current_log_prob(batch) - batch["log_prob"]).exp()
