@@ -83,17 +83,16 @@ def parse_args() -> argparse.Namespace:
 
 def make_settings(name: str, args: argparse.Namespace, folder: str) -> dict:
     """The arguments of an algorithm's runs: Gaussian policies and, but for MAPPO, the KL budget that all share."""
-    algorithm = [f"algorithm={name}", "algorithm.use_tanh_normal=False"]
-    algorithm += [f"algorithm.scale_mapping=biased_softplus_{args.policy_scale}"]
-    epochs = 10  # of MAPPO; elsewhere of a critic that does not matter
-    if name != "mappo":  # W, G: kl_total is null, so D = 2 δ
-        algorithm += [f"algorithm.kl_threshold={args.kl}", "algorithm.normalize_advantage=batch"]
-        epochs = 1
-    sizes = [f"{size}={args.frames}" for size in ("collected_frames_per_batch", "n_envs_per_worker", "minibatch_size")]
-    experiment = [f"experiment.on_policy_{size}" for size in (*sizes, f"n_minibatch_iters={epochs}")]
-    task = ["task=trust_games/differential", f"task.start={args.start}"]
-    settings = compose(*SETTINGS, *args.override, *algorithm, *experiment, *task)
-    settings["config"].max_n_iters, settings["config"].save_folder = args.iterations, folder
+    settings = compose(*SETTINGS, *args.override, f"algorithm={name}", "task=trust_games/differential")
+    settings["task"].config["start"] = args.start
+    algorithm, config = settings["algorithm_config"], settings["config"]
+    algorithm.use_tanh_normal, algorithm.scale_mapping = False, f"biased_softplus_{args.policy_scale}"
+    if name != "mappo":
+        algorithm.kl_threshold, algorithm.normalize_advantage = args.kl, "batch"  # W, G: kl_total is null, so D = 2 δ
+    config.max_n_iters, config.save_folder = args.iterations, folder
+    config.on_policy_collected_frames_per_batch = config.on_policy_n_envs_per_worker = args.frames
+    config.on_policy_minibatch_size = args.frames
+    config.on_policy_n_minibatch_iters = 10 if name == "mappo" else 1  # of a critic that does not matter
     return settings
 
 
