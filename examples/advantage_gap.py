@@ -1,4 +1,4 @@
-"""Whose fault was it? The advantage gap of GPAE and of MAPPO where one agent's action has been replaced.
+r"""Whose fault was it? The advantage gap of GPAE and of MAPPO where one agent's action has been replaced.
 
 In 5 % of all steps one agent, the culprit, does not act as its policy says but at random. At those steps the gap
 
@@ -17,9 +17,11 @@ Then a VMAS task: both algorithms train as usual, and then act for one batch wit
 nothing was replaced and a culprit is named at random, and how often the culprit has the lowest advantage of the team.
 
     OMP_NUM_THREADS=1 python examples/advantage_gap.py
-    OMP_NUM_THREADS=1 python examples/advantage_gap.py --seeds 0 1 --override 'model.num_cells=[64,64]'
+    OMP_NUM_THREADS=1 python examples/advantage_gap.py --seeds 0 1 \
+        --override 'model.num_cells=[64,64]' 'critic_model.num_cells=[64,64]'
 
-The second command takes five minutes on one CPU core. Both print two tables and draw the gaps. Matplotlib is needed.
+The second command takes five minutes on one CPU core. Both print two tables and draw the gaps, as ``advantage_gap.png``
+in the folder of ``--out``. Matplotlib is needed.
 
 Found by the second: in the game ΔA is 1.4999 ± .0002. On dispersion a single random action costs little, and ΔA is
 .0034 ± .0015 standard deviations; but the culprit has the lowest advantage of the four agents in 32 % of the steps, and
@@ -32,38 +34,28 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from benchmarl.algorithms import MappoConfig
-from benchmarl.environments import task_config_registry
+from _common import add_run_options, compose, make_parser
 from benchmarl.experiment import Experiment
-from benchmarl.hydra_config import load_experiment_config_from_hydra, load_model_config_from_hydra
-from hydra import compose, initialize_config_module
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import Tensor
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from benchmarl_trust import GpaeConfig
 from benchmarl_trust.functional import per_agent_advantage
 
-ALGORITHMS = {"GPAE": GpaeConfig, "MAPPO": MappoConfig}
+ALGORITHMS = {"GPAE": "gpae", "MAPPO": "mappo"}
 
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = make_parser(__doc__, Path("outputs/advantage_gap"), "advantage_gap.png, the gaps")
+    add_run_options(parser)
     parser.add_argument("--task", default="dispersion", help="a VMAS task of one group whose reward is the team's")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="seeds of each run")
     parser.add_argument("--frames", type=int, default=120_000, help="frames to train on before the measurement")
     parser.add_argument(
         "--steps", type=int, default=500, help="steps to measure, in as many environments as trained in"
     )
     parser.add_argument("--probability", type=float, default=0.05, help="of a step with a culprit")
-    parser.add_argument("--out", type=Path, default=Path("outputs/advantage_gap.png"), help="the picture")
-    parser.add_argument(
-        "--override", nargs="+", default=[], metavar="KEY=VALUE", help="Hydra overrides of the preset vmas_laptop"
-    )
     return parser.parse_args()
 
 
@@ -141,19 +133,14 @@ class Replace(TensorDictModuleBase):
 
 def task_gaps(name: str, seed: int, args: argparse.Namespace, folder: str) -> dict[str, Tensor]:
     """Train, then measure one batch: each step's ΔA and whether the culprit was lowest, and if it was replaced."""
-    with initialize_config_module("benchmarl.conf", version_base=None):
-        # Hydra wants an algorithm and a task; those of the runs take their place.
-        choices = ["experiment=vmas_laptop", "algorithm=gpae", "task=vmas/balance"]
-        cfg = compose("config", overrides=choices + args.override)
-    config = load_experiment_config_from_hydra(cfg.experiment)
+    choices = [f"algorithm={ALGORITHMS[name]}", f"task=vmas/{args.task}"]
+    settings = compose("experiment=vmas_laptop", *args.override, *choices) | {"seed": seed}
+    config = settings["config"]
     config.max_n_frames, config.evaluation, config.create_json = args.frames, False, False
     config.loggers, config.save_folder = [], folder
-    algorithm = ALGORITHMS[name].get_from_yaml()
     if name == "GPAE":
-        algorithm.normalize_advantage = "none"
-    model = load_model_config_from_hydra(cfg.model)
-    task = task_config_registry[f"vmas/{args.task}"].get_from_yaml()
-    experiment = Experiment(task, algorithm, model, seed=seed, config=config)
+        settings["algorithm_config"].normalize_advantage = "none"
+    experiment = Experiment(**settings)
     (group,) = experiment.group_map
     experiment.run()
     policy = TensorDictSequential(experiment.policy, Replace(group, experiment, args.probability))
@@ -212,13 +199,13 @@ def save_picture(
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
 def main() -> None:
     """Measure both, then report."""
     args = parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     plt.switch_backend("Agg")
     torch.manual_seed(0)
     game = game_gaps(args.probability)
@@ -228,8 +215,9 @@ def main() -> None:
             runs = [task_gaps(name, seed, args, folder) for seed in args.seeds]
             task[name] = {key: torch.cat([run[key] for run in runs]) for key in runs[0]}
     print_tables(game, task, args.task)
-    save_picture(game, task, args.task, args.out)
-    print(f"\nWrote {args.out}")
+    picture = args.out / "advantage_gap.png"
+    save_picture(game, task, args.task, picture)
+    print(f"\nWrote {picture}")
 
 
 if __name__ == "__main__":

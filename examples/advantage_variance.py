@@ -7,30 +7,26 @@ as on balance with 8 agents, it falls. Learning rate and epochs are those of the
 2606.25526), all else is the preset's: batches of 6 000 frames in minibatches of 1 000. Run it with
 
     OMP_NUM_THREADS=1 python examples/advantage_variance.py
-    OMP_NUM_THREADS=1 python examples/advantage_variance.py --task balance --agents 2 8 --output outputs/balance
+    OMP_NUM_THREADS=1 python examples/advantage_variance.py --task balance --agents 2 8 --out outputs/balance
 
-The first command takes about seven minutes on one CPU core. It prints a table and writes ``advantage_variance.csv`` and
-``advantage_variance.png`` into the output folder, beside BenchMARL's logs. Matplotlib is needed.
+The first command takes about seven minutes on one CPU core. It prints a table and writes it as
+``advantage_variance.csv``, with a picture, ``advantage_variance.png``, into the folder of ``--out``, beside BenchMARL's
+logs. Matplotlib is needed.
 """
 
 import argparse
 import csv
 import gc
-from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from benchmarl.environments import TaskClass, task_config_registry
+from _common import add_run_options, compose, make_parser
 from benchmarl.experiment import Experiment
-from benchmarl.hydra_config import load_experiment_config_from_hydra, load_model_config_from_hydra
-from hydra import compose, initialize_config_module
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from benchmarl_trust import ClipHappoConfig, HappoConfig
-
-ALGORITHMS = {"HAPPO": HappoConfig, "clip-HAPPO": ClipHappoConfig}
+ALGORITHMS = {"HAPPO": "happo", "clip-HAPPO": "cliphappo"}
 METRICS = ("advantage_variance", "factor_max", "factor_ess")
 COLUMNS = ("ratio_last", "ratio_mean", "ratio_largest", "factor_max", "factor_ess")
 
@@ -40,62 +36,47 @@ Series = dict[str, Tensor]
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    files = "advantage_variance.csv, the table; advantage_variance.png, the picture; BenchMARL's logs"
+    parser = make_parser(__doc__, Path("outputs/advantage_variance"), files)
+    add_run_options(parser)
     parser.add_argument("--task", default="dispersion", help="a VMAS task whose configuration has n_agents")
     parser.add_argument("--agents", nargs="+", type=int, default=[2, 4, 8, 16], metavar="N", help="numbers of agents")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="seeds of each run")
     parser.add_argument("--iterations", type=int, default=5, help="iterations of each run")
     parser.add_argument("--lr", type=float, default=5e-4, help="learning rate")
     parser.add_argument("--epochs", type=int, default=5, help="passes of each agent, and of the critic, over a batch")
-    parser.add_argument(
-        "--output", type=Path, default=Path("outputs/advantage_variance"), help="folder of logs, table and picture"
-    )
-    parser.add_argument(
-        "--override", nargs="+", default=[], metavar="KEY=VALUE", help="Hydra overrides of the preset vmas_laptop"
-    )
     return parser.parse_args()
 
 
-def make_settings(args: argparse.Namespace) -> dict:
-    """What all runs share: models and experiment configuration, composed from the preset by Hydra."""
-    with initialize_config_module("benchmarl.conf", version_base=None):
-        # Hydra wants an algorithm and a task; those of the runs take their place.
-        choices = ["experiment=vmas_laptop", "algorithm=happo", "task=vmas/balance"]
-        cfg = compose("config", overrides=choices + args.override)
-    config = load_experiment_config_from_hydra(cfg.experiment)
+def make_settings(algorithm: str, n_agents: int, args: argparse.Namespace) -> dict:
+    """The arguments of the runs with an algorithm and a number of agents, all but the seed."""
+    choices = [f"algorithm={ALGORITHMS[algorithm]}", f"task=vmas/{args.task}"]
+    settings = compose("experiment=vmas_laptop", *args.override, *choices)
+    task = settings["task"].config
+    if "n_agents" not in task:
+        raise SystemExit(
+            f"--task {args.task}: its configuration has no n_agents. Tasks that have it: balance, dispersion."
+        )
+    task["n_agents"] = n_agents
+    # One advantage for all, as in the theory, of mean 0 and variance 1, so that batches are comparable.
+    settings["algorithm_config"].advantage, settings["algorithm_config"].normalize_advantage = "team", "batch"
+    config = settings["config"]
     config.lr = args.lr
     config.on_policy_n_minibatch_iters = args.epochs
     config.max_n_frames = args.iterations * config.on_policy_collected_frames_per_batch
     config.evaluation, config.create_json, config.loggers = False, False, ["csv"]
-    config.save_folder = str(args.output)
-    return {
-        "model_config": load_model_config_from_hydra(cfg.model),
-        "critic_model_config": load_model_config_from_hydra(cfg.critic_model),
-        "config": config,
-    }
+    config.save_folder = str(args.out)
+    return settings
 
 
-def make_task(name: str, n_agents: int) -> TaskClass:
-    """The task with that many agents."""
-    task = task_config_registry[f"vmas/{name}"].get_from_yaml()
-    if "n_agents" not in task.config:
-        raise SystemExit(f"--task {name}: its configuration has no n_agents. Tasks that have it: balance, dispersion.")
-    task.config["n_agents"] = n_agents
-    return task
-
-
-def run(algorithm: str, task: str, n_agents: int, seed: int, settings: dict) -> Series:
+def run(settings: dict) -> Series:
     """Train for some iterations; what was logged of each position."""
-    # One advantage for all, as in the theory, of mean 0 and variance 1, so that batches are comparable.
-    config = replace(ALGORITHMS[algorithm].get_from_yaml(), advantage="team", normalize_advantage="batch")
-    experiment = Experiment(algorithm_config=config, task=make_task(task, n_agents), seed=seed, **settings)
+    experiment = Experiment(**settings)
     experiment.run()
-    (group,) = experiment.group_map  # a second group would be a second team
+    ((group, agents),) = experiment.group_map.items()  # a second group would be a second team
     scalars = experiment.logger.loggers[0].experiment.scalars  # BenchMARL writes "_" for "/"
     series = {
-        metric: [scalars[f"train_{group}_policy_{metric}_position_{k}"] for k in range(n_agents)] for metric in METRICS
+        metric: [scalars[f"train_{group}_policy_{metric}_position_{k}"] for k in range(len(agents))]
+        for metric in METRICS
     }
     del experiment, scalars
     gc.collect()  # the csv logger keeps a file open for each quantity as long as it lives
@@ -194,16 +175,16 @@ def main() -> None:
     """Train with both algorithms for every number of agents and every seed, then report."""
     args = parse_args()
     plt.switch_backend("Agg")
-    settings = make_settings(args)
-    args.output.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     results: dict[int, dict[str, Series]] = {}
     for n_agents in sorted(args.agents):
         results[n_agents] = {}
         for name in ALGORITHMS:
-            runs = [run(name, args.task, n_agents, seed, settings) for seed in args.seeds]
+            settings = make_settings(name, n_agents, args)
+            runs = [run(settings | {"seed": seed}) for seed in args.seeds]
             results[n_agents][name] = {metric: torch.stack([series[metric] for series in runs]) for metric in METRICS}
     print_table(results)
-    table, picture = args.output / "advantage_variance.csv", args.output / "advantage_variance.png"
+    table, picture = args.out / "advantage_variance.csv", args.out / "advantage_variance.png"
     write_csv(results, table)
     title = f"vmas/{args.task}, learning rate {args.lr:g}, {args.iterations} iterations, seeds {args.seeds}"
     save_picture(results, title, picture)

@@ -13,32 +13,27 @@ they come back? The formula of MARS is reconstructed from the paper's abstract; 
 authors' own code. Run it with
 
     python examples/barrier.py
-    python examples/barrier.py --task navigation --lr 1e-3 --seeds 0 1 --frames 60000 --output outputs/navigation
+    python examples/barrier.py --task navigation --lr 1e-3 --seeds 0 1 --frames 60000 --out outputs/navigation
 
 A run of the default 120 000 frames takes about 80 seconds on one CPU core, the first command (four arms, three seeds)
 a quarter of an hour. It prints a table and writes it as ``barrier.csv``, with the curves in ``barrier.png``, into the
-output folder, beside BenchMARL's logs. Matplotlib is needed.
+folder of ``--out``, beside BenchMARL's logs. Matplotlib is needed.
 """
 
 import argparse
 import csv
 import math
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import mean
 
 import matplotlib.pyplot as plt
 import torch
-from benchmarl.algorithms.common import AlgorithmConfig
-from benchmarl.environments import task_config_registry
+from _common import add_run_options, compose, make_parser, set_frames
 from benchmarl.experiment import Callback, Experiment
-from benchmarl.hydra_config import load_experiment_config_from_hydra, load_model_config_from_hydra
-from hydra import compose, initialize_config_module
 from matplotlib.axes import Axes
 from tensordict import TensorDictBase
 
-from benchmarl_trust import MarsConfig, MaspoConfig
 from benchmarl_trust.functional import log_ratio
 
 #: A ratio below this is counted as collapsed.
@@ -49,51 +44,35 @@ COLUMNS = ("log10_smallest_ratio", "collapsed_share", "kl", "final_return", "are
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    files = "barrier.csv, the table; barrier.png, the curves; a folder of BenchMARL's logs for each arm"
+    parser = make_parser(__doc__, Path("outputs/barrier"), files)
+    add_run_options(parser)
     parser.add_argument("--task", default="balance", help="a VMAS task with one group of agents")
     parser.add_argument("--lr", type=float, default=3e-3, help="learning rate")
     parser.add_argument("--epsilon", type=float, default=0.2, help="radius of the trust region of mars and maspo")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="seeds of each arm")
     parser.add_argument("--frames", type=int, default=120_000, help="frames of each run")
-    parser.add_argument("--output", type=Path, default=Path("outputs/barrier"), help="folder of logs, table, picture")
-    parser.add_argument(
-        "--override", nargs="+", default=[], metavar="KEY=VALUE", help="Hydra overrides of the preset vmas_laptop"
-    )
     return parser.parse_args()
 
 
-def make_arms(epsilon: float) -> dict[str, AlgorithmConfig]:
-    """The algorithms to compare, by name."""
-    mars, maspo = MarsConfig.get_from_yaml(), MaspoConfig.get_from_yaml()
+def make_arms(epsilon: float) -> dict[str, tuple[str, dict]]:
+    """What to compare, by name: an algorithm, and what is changed in its configuration."""
     optimum_high, optimum_low = 1 / math.sqrt(1 - 2 * epsilon), 1 / math.sqrt(1 + 2 * epsilon)
     return {
-        "mars": replace(mars, epsilon=epsilon, penalty="reciprocal"),
-        "mars-log": replace(mars, epsilon=epsilon, penalty="log"),
-        "maspo": replace(maspo, epsilon=epsilon, epsilon_negative=None),
-        "maspo-at-mars": replace(maspo, epsilon=optimum_high - 1, epsilon_negative=1 - optimum_low),
+        "mars": ("mars", {"epsilon": epsilon, "penalty": "reciprocal"}),
+        "mars-log": ("mars", {"epsilon": epsilon, "penalty": "log"}),
+        "maspo": ("maspo", {"epsilon": epsilon, "epsilon_negative": None}),
+        "maspo-at-mars": ("maspo", {"epsilon": optimum_high - 1, "epsilon_negative": 1 - optimum_low}),
     }
 
 
-def make_settings(args: argparse.Namespace) -> dict:
-    """What all runs share: task, models and experiment configuration, composed from the preset by Hydra."""
-    with initialize_config_module("benchmarl.conf", version_base=None):
-        # Hydra wants an algorithm; each arm brings its own.
-        choices = ["experiment=vmas_laptop", "algorithm=mars", f"task=vmas/{args.task}"]
-        cfg = compose("config", overrides=choices + args.override)
-    config = replace(load_experiment_config_from_hydra(cfg.experiment), lr=args.lr, max_n_frames=args.frames)
-    if args.frames % config.evaluation_interval:
-        raise SystemExit(
-            f"--frames {args.frames} is no multiple of the evaluation interval, {config.evaluation_interval}: the "
-            "last policy would not be evaluated."
-        )
-    return {
-        "task": task_config_registry[f"vmas/{args.task}"].get_from_yaml(),
-        "model_config": load_model_config_from_hydra(cfg.model),
-        "critic_model_config": load_model_config_from_hydra(cfg.critic_model),
-        "config": config,
-    }
+def make_settings(algorithm: str, changes: dict, folder: Path, args: argparse.Namespace) -> dict:
+    """The arguments of an arm's runs, all but the seed."""
+    choices = [f"algorithm={algorithm}", f"task=vmas/{args.task}"]
+    settings = compose("experiment=vmas_laptop", *args.override, *choices)
+    settings["algorithm_config"] = replace(settings["algorithm_config"], **changes)
+    set_frames(settings["config"], args.frames)
+    settings["config"].lr, settings["config"].save_folder = args.lr, str(folder)
+    return settings
 
 
 class RatioRecorder(Callback):
@@ -131,12 +110,10 @@ class RatioRecorder(Callback):
         return log_ratio(policy.log_prob(batch), batch[group, "log_prob"])
 
 
-def run_arm(algorithm: AlgorithmConfig, seed: int, folder: Path, settings: dict) -> dict[str, list[float]]:
-    """Train one policy; the curves of its run."""
-    folder.mkdir(parents=True, exist_ok=True)
+def run(settings: dict) -> dict[str, list[float]]:
+    """Train once; the curves of the run."""
     recorder = RatioRecorder()
-    settings = settings | {"config": replace(settings["config"], save_folder=str(folder))}
-    experiment = Experiment(algorithm_config=algorithm, seed=seed, callbacks=[recorder], **settings)
+    experiment = Experiment(callbacks=[recorder], **settings)
     experiment.run()
     results = experiment.logger.json_writer.run_data  # what BenchMARL writes to its json file
     evaluations = [step for name, step in results.items() if name.startswith("step_")]
@@ -209,14 +186,14 @@ def main() -> None:
     """Run every arm with every seed, then report."""
     args = parse_args()
     plt.switch_backend("Agg")
-    settings = make_settings(args)
     arms = {}
-    for name, algorithm in make_arms(args.epsilon).items():
-        train = partial(run_arm, algorithm, folder=args.output / name, settings=settings)
-        arms[name] = [train(seed) for seed in args.seeds]
+    for name, (algorithm, changes) in make_arms(args.epsilon).items():
+        settings = make_settings(algorithm, changes, args.out / name, args)
+        (args.out / name).mkdir(parents=True, exist_ok=True)
+        arms[name] = [run(settings | {"seed": seed}) for seed in args.seeds]
     rows = {name: summarize(runs) for name, runs in arms.items()}
     print_table(rows)
-    table, picture = args.output / "barrier.csv", args.output / "barrier.png"
+    table, picture = args.out / "barrier.csv", args.out / "barrier.png"
     write_csv(rows, table)
     save_picture(arms, f"vmas/{args.task}, learning rate {args.lr:g}, {len(args.seeds)} seeds", picture)
     print(f"\nWrote {table}\nWrote {picture}")

@@ -4,15 +4,17 @@ All runs have the experiment settings of ``conf/experiment/vmas_laptop.yaml``, t
 policy per agent and the same number of frames; algorithm settings are those of the yaml files. Run it with
 
     python examples/compare.py
-    python examples/compare.py --output outputs/quick --algorithms mars mappo --tasks balance --seeds 0 1 --frames 60000
+    python examples/compare.py --out outputs/quick --algorithms mars mappo --tasks balance --seeds 0 1 --frames 60000
     python examples/compare.py --plot-only
 
 On one CPU core a run of the preset's 360 000 frames takes about four minutes, one of MASAC seven; the first command
 (five algorithms, two tasks, three seeds) takes two and a half hours. To spread it over processes, give each a
-subfolder of its own as ``--output``, then plot the parent folder.
+subfolder of its own as ``--out``, then plot the parent folder.
 
-It prints a table of returns and writes, beside BenchMARL's logs, the plots of ``benchmarl.eval_results`` as png files
-and the aggregate scores as csv. The plots need marl_eval; without it the table is printed all the same.
+It prints a table of returns and writes into the folder of ``--out``, beside BenchMARL's logs, the plots of
+``benchmarl.eval_results`` (``performance_profile.png``, ``aggregate_scores.png``, ``sample_efficiency_vmas.png``, one
+more ``sample_efficiency_<task>.png`` for each task, ``probability_of_improvement.png``) and the aggregate scores,
+``aggregated_score_return.csv``. These need marl_eval; without it the table is printed all the same.
 """
 
 import argparse
@@ -20,12 +22,11 @@ import importlib.util
 from pathlib import Path
 from statistics import mean
 
+from _common import add_run_options, compose, make_parser, set_frames
 from benchmarl.algorithms import algorithm_config_registry
 from benchmarl.benchmark import Benchmark
 from benchmarl.environments import task_config_registry
 from benchmarl.eval_results import Plotting, load_and_merge_json_dicts
-from benchmarl.hydra_config import load_experiment_config_from_hydra, load_model_config_from_hydra
-from hydra import compose, initialize_config_module
 
 from benchmarl_trust import ALGORITHMS
 
@@ -38,9 +39,10 @@ No plots: marl_eval is not installed. Two commands install it (its own pins are 
 def parse_args() -> argparse.Namespace:
     """The command line."""
     vmas_tasks = sorted(name.removeprefix("vmas/") for name in task_config_registry if name.startswith("vmas/"))
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    files = "performance_profile, aggregate_scores, sample_efficiency_vmas, sample_efficiency_<task> and "
+    files += "probability_of_improvement.png; aggregated_score_return.csv; BenchMARL's logs"
+    parser = make_parser(__doc__, Path("outputs/compare"), files)
+    add_run_options(parser)
     parser.add_argument(
         "--algorithms",
         nargs="+",
@@ -52,41 +54,26 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--tasks", nargs="+", default=["balance", "navigation"], choices=vmas_tasks, metavar="TASK", help="VMAS tasks"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="seeds of each run")
     parser.add_argument("--frames", type=int, help="frames of each run; None takes the preset's")
-    parser.add_argument("--output", type=Path, default=Path("outputs/compare"), help="folder of logs, plots and scores")
-    parser.add_argument("--plot-only", action="store_true", help="train nothing, show what is in the output folder")
-    parser.add_argument(
-        "--override",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="Hydra overrides of the preset, such as experiment.lr=0.001 or model.num_cells=[64,64]",
-    )
+    parser.add_argument("--plot-only", action="store_true", help="train nothing, show the runs in the folder of --out")
     return parser.parse_args()
 
 
 def make_benchmark(args: argparse.Namespace) -> Benchmark:
     """BenchMARL's Benchmark, its settings composed from the preset by Hydra."""
-    with initialize_config_module("benchmarl.conf", version_base=None):
-        # Hydra wants an algorithm and a task; those of the Benchmark take their place.
-        choices = ["experiment=vmas_laptop", "algorithm=mappo", "task=vmas/balance"]
-        cfg = compose("config", overrides=choices + args.override)
-    experiment = load_experiment_config_from_hydra(cfg.experiment)
-    experiment.max_n_frames = args.frames or experiment.max_n_frames
-    experiment.save_folder = str(args.output)
-    if experiment.max_n_frames % experiment.evaluation_interval:
-        raise SystemExit(
-            f"--frames {experiment.max_n_frames} is no multiple of the evaluation interval, "
-            f"{experiment.evaluation_interval}: the last policy would not be evaluated."
-        )
+    preset = ["experiment=vmas_laptop", *args.override]
+    algorithms = [compose(*preset, f"algorithm={name}", f"task=vmas/{args.tasks[0]}") for name in args.algorithms]
+    tasks = [compose(*preset, f"algorithm={args.algorithms[0]}", f"task=vmas/{name}") for name in args.tasks]
+    shared = tasks[0]
+    set_frames(shared["config"], args.frames or shared["config"].max_n_frames)
+    shared["config"].save_folder = str(args.out)
     return Benchmark(
-        algorithm_configs=[algorithm_config_registry[name].get_from_yaml() for name in args.algorithms],
-        model_config=load_model_config_from_hydra(cfg.model),
-        critic_model_config=load_model_config_from_hydra(cfg.critic_model),
-        tasks=[task_config_registry[f"vmas/{name}"].get_from_yaml() for name in args.tasks],
+        algorithm_configs=[settings["algorithm_config"] for settings in algorithms],
+        model_config=shared["model_config"],
+        critic_model_config=shared["critic_model_config"],
+        tasks=[settings["task"] for settings in tasks],
         seeds=args.seeds,
-        experiment_config=experiment,
+        experiment_config=shared["config"],
     )
 
 
@@ -181,10 +168,10 @@ def algorithm_pairs(names: list[str]) -> list[list[str]]:
 
 def train(args: argparse.Namespace) -> None:
     """Run the whole benchmark into a folder without results."""
-    if result_files(args.output):
-        raise SystemExit(f"{args.output} has results already: name a new folder, or add --plot-only.")
+    if result_files(args.out):
+        raise SystemExit(f"{args.out} has results already: name a new folder, or add --plot-only.")
     benchmark = make_benchmark(args)
-    args.output.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     benchmark.run_sequential()
 
 
@@ -193,12 +180,12 @@ def main() -> None:
     args = parse_args()
     if not args.plot_only:
         train(args)
-    raw = load_results(args.output)
+    raw = load_results(args.out)
     print_table(raw["vmas"])
     if importlib.util.find_spec("marl_eval") is None:
         print(f"\n{INSTALL_MARL_EVAL}")
     elif is_complete(raw["vmas"]):
-        save_plots(raw, args.output)
+        save_plots(raw, args.out)
     else:
         print("\nNo plots: they need every algorithm on every task, with the same seeds and frames.")
 

@@ -17,7 +17,7 @@ own 1.5 1.5, all seeds of all algorithms may end in the same maximum. Normalised
 game of one step with one state its value is a constant. Run it with
 
     OMP_NUM_THREADS=1 python examples/joint_constraint.py
-    OMP_NUM_THREADS=1 python examples/joint_constraint.py --start 2.25 2.25 --seeds 10 --out outputs/diagonal.png
+    OMP_NUM_THREADS=1 python examples/joint_constraint.py --start 2.25 2.25 --seeds {0..9} --out outputs/diagonal
 
 Found: from the saddle 4 of 20 seeds of each algorithm end in the worse maximum; the others reach the better one, with W
 and G sooner, which is all of their gain (+0.7 %; at the end two seeds of HATRPO are still on their way). G also spends
@@ -26,27 +26,24 @@ end in the better maximum, 5 of W's and of G's. That start is not neutral: it wa
 when their steps are computed from E[R] without noise. The variances of W and G are the same from both.
 
 The first command (three algorithms, twenty seeds) takes eleven minutes on one CPU core. It prints a table and draws
-the paths of the joint action and the learning curves. Matplotlib is needed.
+the paths of the joint action and the learning curves, as ``joint_constraint.png`` in the folder of ``--out``.
+Matplotlib is needed.
 """
 
 import argparse
 import math
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from benchmarl.algorithms import algorithm_config_registry
-from benchmarl.algorithms.common import AlgorithmConfig
-from benchmarl.experiment import Callback, Experiment, ExperimentConfig
-from benchmarl.models import MlpConfig
+from _common import add_run_options, compose, make_parser
+from benchmarl.experiment import Callback, Experiment
 from matplotlib.axes import Axes
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from benchmarl_trust import TrustGamesTask
 from benchmarl_trust.environments.trust_games import differential_reward
 
 NAMES = {"hatrpo": "HATRPO", "hatrpow": "HATRPO-W", "hatrpog": "HATRPO-G", "mappo": "MAPPO"}
@@ -55,6 +52,11 @@ MAXIMA = {"better": (5.192, 5.000), "worse": (1.120, 1.000)}
 #: A run has ended in a maximum if its joint action is at most this far from it.
 RADIUS = 1.0
 
+#: Small networks, one policy per agent, and no logs.
+SETTINGS = ["model.num_cells=[32,32]", "critic_model.num_cells=[32,32]", "experiment.share_policy_params=False"]
+SETTINGS += ["experiment.lr=0.001", "experiment.max_n_frames=null", "experiment.evaluation=False"]
+SETTINGS += ["experiment.render=False", "experiment.create_json=False", "experiment.loggers=[]"]
+
 #: What a run leaves, by quantity: "action" [iterations + 1, 2], "return" and "kl" [iterations].
 #: Stacked over seeds, there is one dimension more in front.
 Series = dict[str, Tensor]
@@ -62,52 +64,36 @@ Series = dict[str, Tensor]
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    files = "joint_constraint.png, the paths and the learning curves"
+    parser = make_parser(__doc__, Path("outputs/joint_constraint"), files)
+    add_run_options(parser, seeds=range(20))
     parser.add_argument(
         "--algorithms", nargs="+", default=["hatrpo", "hatrpow", "hatrpog"], choices=NAMES, metavar="NAME", help="names"
     )
-    parser.add_argument("--seeds", type=int, default=20, help="number of seeds of each algorithm")
     parser.add_argument("--iterations", type=int, default=100, help="iterations of each run")
     parser.add_argument("--frames", type=int, default=256, help="games played in an iteration")
     parser.add_argument("--start", nargs=2, type=float, default=[3.0, 1.1], metavar="A", help="where the agents stand")
     parser.add_argument("--policy-scale", type=float, default=1.0, help="standard deviation of the first policies")
     parser.add_argument("--kl", type=float, default=0.01, help="δ of an agent; the team has twice as much")
-    parser.add_argument("--out", type=Path, default=Path("outputs/joint_constraint.png"), help="the picture")
     args = parser.parse_args()
-    if args.seeds < 2:
-        parser.error("--seeds must be 2 or more: of one seed there is no variance.")
+    if len(args.seeds) < 2:
+        parser.error("--seeds must be two or more: of one seed there is no variance.")
     return args
 
 
-def make_algorithm(name: str, args: argparse.Namespace) -> AlgorithmConfig:
-    """The algorithm's configuration, with a Gaussian policy and the KL budget that all share."""
-    config = algorithm_config_registry[name].get_from_yaml()
-    config = replace(config, use_tanh_normal=False, scale_mapping=f"biased_softplus_{args.policy_scale}")
-    if name == "mappo":
-        return config
-    return replace(config, kl_threshold=args.kl, normalize_advantage="batch")  # W, G: kl_total is null, so D = 2 δ
-
-
-def make_experiment(name: str, args: argparse.Namespace, folder: str) -> ExperimentConfig:
-    """Small batches of one-step games, one policy per agent, nothing written but to the folder."""
-    return replace(
-        ExperimentConfig.get_from_yaml(),
-        share_policy_params=False,
-        lr=1e-3,
-        max_n_iters=args.iterations,
-        max_n_frames=None,
-        on_policy_collected_frames_per_batch=args.frames,
-        on_policy_n_envs_per_worker=args.frames,
-        on_policy_n_minibatch_iters=10 if name == "mappo" else 1,  # of a critic that does not matter
-        on_policy_minibatch_size=args.frames,
-        evaluation=False,
-        render=False,
-        create_json=False,
-        loggers=[],
-        save_folder=folder,
-    )
+def make_settings(name: str, args: argparse.Namespace, folder: str) -> dict:
+    """The arguments of an algorithm's runs: Gaussian policies and, but for MAPPO, the KL budget that all share."""
+    settings = compose(*SETTINGS, *args.override, f"algorithm={name}", "task=trust_games/differential")
+    settings["task"].config["start"] = args.start
+    algorithm, config = settings["algorithm_config"], settings["config"]
+    algorithm.use_tanh_normal, algorithm.scale_mapping = False, f"biased_softplus_{args.policy_scale}"
+    if name != "mappo":
+        algorithm.kl_threshold, algorithm.normalize_advantage = args.kl, "batch"  # W, G: kl_total is null, so D = 2 δ
+    config.max_n_iters, config.save_folder = args.iterations, folder
+    config.on_policy_collected_frames_per_batch = config.on_policy_n_envs_per_worker = args.frames
+    config.on_policy_minibatch_size = args.frames
+    config.on_policy_n_minibatch_iters = 10 if name == "mappo" else 1  # of a critic that does not matter
+    return settings
 
 
 class PathRecorder(Callback):
@@ -156,20 +142,11 @@ class PathRecorder(Callback):
 
 def run(name: str, seed: int, args: argparse.Namespace) -> Series:
     """Train once."""
-    task = TrustGamesTask.DIFFERENTIAL.get_from_yaml()
-    task.config["start"] = args.start
-    recorder = PathRecorder(args.start, task.config["low"], task.config["high"])
-    model = MlpConfig(num_cells=[32, 32], activation_class=torch.nn.Tanh, layer_class=torch.nn.Linear)
     with tempfile.TemporaryDirectory() as folder:
-        Experiment(
-            task=task,
-            algorithm_config=make_algorithm(name, args),
-            model_config=model,
-            critic_model_config=model,
-            seed=seed,
-            config=make_experiment(name, args, folder),
-            callbacks=[recorder],
-        ).run()
+        settings = make_settings(name, args, folder) | {"seed": seed}
+        task = settings["task"].config
+        recorder = PathRecorder(args.start, task["low"], task["high"])
+        Experiment(callbacks=[recorder], **settings).run()
     return recorder.series()
 
 
@@ -234,7 +211,6 @@ def save_picture(results: dict[str, Series], title: str, path: Path) -> None:
     right.grid(alpha=0.3)
     right.legend()
     figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
 
@@ -264,16 +240,18 @@ def plot_band(ax: Axes, label: str, curves: Tensor, color: str) -> None:
 def main() -> None:
     """Train with every algorithm and seed, then report."""
     args = parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     plt.switch_backend("Agg")
     results: dict[str, Series] = {}
     for name in args.algorithms:
-        runs = [run(name, seed, args) for seed in range(args.seeds)]
+        runs = [run(name, seed, args) for seed in args.seeds]
         results[name] = {key: torch.stack([series[key] for series in runs]) for key in runs[0]}
     print_table(results)
     print_comparison(results)
     title = f"differential game from ({args.start[0]:g}, {args.start[1]:g}), scale {args.policy_scale:g}, "
-    save_picture(results, title + f"{args.frames} games per iteration, {args.seeds} seeds", args.out)
-    print(f"\nWrote {args.out}")
+    picture = args.out / "joint_constraint.png"
+    save_picture(results, title + f"{args.frames} games per iteration, {len(args.seeds)} seeds", picture)
+    print(f"\nWrote {picture}")
 
 
 if __name__ == "__main__":

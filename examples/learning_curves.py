@@ -8,11 +8,11 @@ behind the algorithm's.
 
 For each task it draws the return over the collected frames for every algorithm: on the left the deterministic policy
 in evaluation (JSON), on the right the stochastic policy in collection (CSV); lines are means over seeds, bands run
-from the worst to the best seed. The picture is written into the folder, and a table is printed: the mean over seeds of
-the last evaluation's return and of the area under the evaluation curve (the mean return over all frames).
+from the worst to the best seed. The picture is written as ``learning_curves.png`` into the folder of ``--out``, by
+default the first folder of runs, and a table is printed: the mean over seeds of the last evaluation's return and of the
+area under the evaluation curve (the mean return over all frames).
 """
 
-import argparse
 import csv
 import json
 from pathlib import Path
@@ -22,6 +22,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from _common import make_parser
 from benchmarl.eval_results import get_raw_dict_from_multirun_folder
 from matplotlib.ticker import EngFormatter
 
@@ -133,7 +134,8 @@ def table(curves: Curves) -> str:
 
 def main() -> None:
     """Read, draw, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    files = "learning_curves.png, the picture. By default that folder is the first of the runs"
+    parser = make_parser(__doc__, None, files)
     parser.add_argument(
         "folders",
         type=Path,
@@ -141,7 +143,6 @@ def main() -> None:
         metavar="folder",
         help="a folder with BenchMARL runs below it, such as a Hydra multirun's",
     )
-    parser.add_argument("--output", type=Path, help="the picture; learning_curves.png in the first folder by default")
     arguments = parser.parse_args()
     folders = {folder.resolve().name: folder for folder in arguments.folders}
     if len(folders) < len(arguments.folders):
@@ -154,7 +155,9 @@ def main() -> None:
             f"no evaluation in the BenchMARL reports (*.json) below {', '.join(map(str, arguments.folders))}: run with "
             "experiment.create_json=True and experiment.evaluation=True"
         )
-    path = (arguments.output or arguments.folders[0] / "learning_curves.png").resolve()
+    out = getattr(arguments, "out", arguments.folders[0])
+    out.mkdir(parents=True, exist_ok=True)
+    path = (out / "learning_curves.png").resolve()
     draw(evaluation, side_by_side({name: collection_curves(folder) for name, folder in folders.items()}), path)
     print(table(evaluation))
     print(f"\nLearning curves: {path}")

@@ -22,4 +22,4 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # one thread for each run: they sha
 
 python -W ignore -m benchmarl.run -m hydra/launcher=joblib hydra.launcher.n_jobs="${JOBS:-2}" hydra.sweep.dir="$folder" \
     algorithm=mappo,happo,mars seed=0,1,2 task=vmas/balance experiment=vmas_laptop "$@"
-python "$(dirname "$0")/compare.py" --plot-only --output "$folder"
+python "$(dirname "$0")/compare.py" --plot-only --out "$folder"

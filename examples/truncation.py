@@ -11,7 +11,8 @@ the same. Run it with
 
 The second command (eight variants, two seeds) takes half an hour on one CPU core. Both print a table (the return of the
 last evaluation, the mean return over frames, and the mean of the traces, λ where nothing is truncated; mean ± standard
-deviation over seeds) and draw the learning curves. Matplotlib is needed.
+deviation over seeds) and draw the learning curves, as ``truncation.png`` in the folder of ``--out``. Matplotlib is
+needed.
 
 Found by the second: no difference that exceeds the spread of the seeds, neither between the truncations nor in η.
 """
@@ -24,10 +25,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from benchmarl.environments import task_config_registry
+from _common import add_run_options, compose, make_parser, set_frames
 from benchmarl.experiment import Experiment
-from benchmarl.hydra_config import load_experiment_config_from_hydra, load_model_config_from_hydra
-from hydra import compose, initialize_config_module
 from torch import Tensor
 
 from benchmarl_trust import GpaeConfig
@@ -36,11 +35,9 @@ from benchmarl_trust.functional.gpae import TRACES
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = make_parser(__doc__, Path("outputs/truncation"), "truncation.png, the learning curves")
+    add_run_options(parser)
     parser.add_argument("--task", default="balance", help="a VMAS task")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="seeds of each variant")
     parser.add_argument("--frames", type=int, default=120_000, help="frames of each run")
     parser.add_argument("--rollouts", type=int, default=4, help="n_rollouts, the batches trained on")
     parser.add_argument(
@@ -49,16 +46,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--etas", nargs="+", type=float, default=[1.0, 1.02, 1.05, 1.1, 1.15], metavar="ETA", help="caps of dt"
     )
-    parser.add_argument("--out", type=Path, default=Path("outputs/truncation.png"), help="the picture")
-    parser.add_argument(
-        "--override", nargs="+", default=[], metavar="KEY=VALUE", help="Hydra overrides of the preset vmas_laptop"
-    )
     return parser.parse_args()
 
 
-def make_variants(args: argparse.Namespace) -> dict[str, GpaeConfig]:
+def make_variants(args: argparse.Namespace, config: GpaeConfig) -> dict[str, GpaeConfig]:
     """The configurations by name; dt comes with each η."""
-    base = replace(GpaeConfig.get_from_yaml(), n_rollouts=args.rollouts)
+    base = replace(config, n_rollouts=args.rollouts)
     others = {name: replace(base, truncation=name) for name in args.truncations if name != "dt"}
     if "dt" not in args.truncations:
         return others
@@ -66,26 +59,17 @@ def make_variants(args: argparse.Namespace) -> dict[str, GpaeConfig]:
 
 
 def make_settings(args: argparse.Namespace, folder: str) -> dict:
-    """What all runs share: models and experiment configuration, composed from the preset by Hydra."""
-    with initialize_config_module("benchmarl.conf", version_base=None):
-        # Hydra wants an algorithm and a task; those of the runs take their place.
-        choices = ["experiment=vmas_laptop", "algorithm=gpae", "task=vmas/balance"]
-        cfg = compose("config", overrides=choices + args.override)
-    config = load_experiment_config_from_hydra(cfg.experiment)
-    config.max_n_frames, config.create_json = args.frames, False
-    config.loggers, config.save_folder = ["csv"], folder
-    return {
-        "model_config": load_model_config_from_hydra(cfg.model),
-        "critic_model_config": load_model_config_from_hydra(cfg.critic_model),
-        "config": config,
-    }
+    """The arguments of all runs, before an algorithm's variants and seeds."""
+    settings = compose("experiment=vmas_laptop", *args.override, "algorithm=gpae", f"task=vmas/{args.task}")
+    config = settings["config"]
+    set_frames(config, args.frames)
+    config.create_json, config.loggers, config.save_folder = False, ["csv"], folder
+    return settings
 
 
-def run(algorithm: GpaeConfig, task: str, seed: int, settings: dict) -> tuple[Tensor, Tensor, Tensor]:
+def run(settings: dict) -> tuple[Tensor, Tensor, Tensor]:
     """Train; the frames and returns of all evaluations, and the mean of what the traces let through."""
-    experiment = Experiment(
-        algorithm_config=algorithm, task=task_config_registry[f"vmas/{task}"].get_from_yaml(), seed=seed, **settings
-    )
+    experiment = Experiment(**settings)
     experiment.run()
     scalars = experiment.logger.loggers[0].experiment.scalars  # BenchMARL writes "_" for "/"
     iteration, value = torch.tensor(scalars["eval_reward_episode_reward_mean"]).double().T
@@ -134,23 +118,25 @@ def save_picture(results: dict[str, list[tuple[Tensor, Tensor, Tensor]]], title:
         if axis.lines:
             axis.legend()
     figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
 def main() -> None:
     """Train every variant on every seed, then draw."""
     args = parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     plt.switch_backend("Agg")
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         settings = make_settings(args, folder)
         print(f"{'variant':<14}{'last return':>18}{'mean return':>18}{'mean trace':>12}", flush=True)
-        for name, algorithm in make_variants(args).items():
-            results[name] = [run(algorithm, args.task, seed, settings) for seed in args.seeds]
+        for name, algorithm in make_variants(args, settings["algorithm_config"]).items():
+            variant = settings | {"algorithm_config": algorithm}
+            results[name] = [run(variant | {"seed": seed}) for seed in args.seeds]
             report(name, results[name])
-    save_picture(results, f"vmas/{args.task}, n_rollouts = {args.rollouts}, {len(args.seeds)} seeds", args.out)
-    print(f"Wrote {args.out}")
+    picture = args.out / "truncation.png"
+    save_picture(results, f"vmas/{args.task}, n_rollouts = {args.rollouts}, {len(args.seeds)} seeds", picture)
+    print(f"Wrote {picture}")
 
 
 if __name__ == "__main__":

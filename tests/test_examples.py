@@ -1,13 +1,17 @@
 """The examples start, and the plot of learning curves reads what BenchMARL writes."""
 
 import importlib
+import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import benchmarl.hydra_config
+import benchmarl.run
 import numpy as np
 import pytest
 import torch
@@ -21,7 +25,7 @@ from benchmarl_trust import MarsConfig
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BENCHMARKS = EXAMPLES.parent / "benchmarks"
 WITH_ARGUMENTS = [script for folder in (EXAMPLES, BENCHMARKS) for script in sorted(folder.glob("*.py"))]
-for name in ("torchrl_only.py", "parallel_collection.py"):
+for name in ("_common.py", "torchrl_only.py", "parallel_collection.py"):
     WITH_ARGUMENTS.remove(EXAMPLES / name)
 
 
@@ -55,6 +59,55 @@ def test_help(path, script):
     assert "usage:" in script(path, "--help")
 
 
+def test_options_of_one_name_mean_the_same(script, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # no line is broken
+    helps = {path.stem: script(path, "--help") for path in WITH_ARGUMENTS}
+    defaults = {}
+    for option in ("--out", "--seeds", "--override"):
+        pattern = re.compile(rf"^  {option} (\S.*?)\s\s+(.+?)(?: \(default: (.+)\))?$", re.MULTILINE)
+        found = {name: match.groups() for name, text in helps.items() if (match := pattern.search(text))}
+        assert len(found) >= 6
+        assert len({(value, text) for value, text, _ in found.values()}) == 1
+        defaults[option] = {name: default for name, (_, _, default) in found.items()}
+    assert defaults["--out"].pop("learning_curves") is None  # the folder of the runs
+    assert defaults["--out"] == {name: f"outputs/{name}" for name in defaults["--out"]}
+    assert all(isinstance(seed, int) for default in defaults["--seeds"].values() for seed in json.loads(default))
+    assert defaults["--seeds"].keys() == defaults["--override"].keys() == defaults["--out"].keys()
+    for text in helps.values():
+        assert ("--out FOLDER" in text) == ("Files in the folder of --out: " in text)
+        assert "--output" not in text
+
+
+def test_a_run_is_composed_as_benchmarl_does(load, monkeypatch, tmp_path):
+    overrides = ["algorithm=mars", "task=vmas/balance", "experiment=vmas_laptop", "algorithm.epsilon=0.1", "seed=3"]
+    overrides += ["task.n_agents=2", "experiment.lr=0.002", "model.num_cells=[8]", "critic_model.num_cells=[16]"]
+    stock = {}
+
+    class Recorder:
+        def __init__(self, **arguments):
+            stock.update(arguments)
+
+        def run(self):
+            pass
+
+    monkeypatch.setattr(benchmarl.hydra_config, "Experiment", Recorder)
+    monkeypatch.setattr(sys, "argv", ["benchmarl.run", *overrides, f"hydra.run.dir={tmp_path}"])
+    benchmarl.run.hydra_experiment()
+    assert stock.pop("callbacks") == ()
+    composed = load("_common").compose(*overrides)
+    assert composed.keys() == stock.keys()
+    task, stock_task = composed.pop("task"), stock.pop("task")
+    assert (task.env_name(), task.name, task.config) == (stock_task.env_name(), stock_task.name, stock_task.config)
+    assert composed == stock
+    assert (composed["algorithm_config"].epsilon, composed["config"].lr, composed["seed"]) == (0.1, 0.002, 3)
+    assert (task.config["n_agents"], composed["critic_model_config"].num_cells) == (2, [16])
+
+
+def test_of_two_choices_the_last_counts(load):
+    settings = load("_common").compose("task=vmas/balance", "algorithm=mars", "task=vmas/navigation", "algorithm=gpae")
+    assert (settings["task"].name, type(settings["algorithm_config"]).__name__) == ("NAVIGATION", "GpaeConfig")
+
+
 def test_torchrl_only():
     assert len((EXAMPLES / "torchrl_only.py").read_text().splitlines()) < 80
     (line,) = [line for line in python(EXAMPLES / "torchrl_only.py", 1).splitlines() if "mean of M" in line]
@@ -65,15 +118,15 @@ def test_torchrl_only():
 
 
 def test_joint_constraint(tmp_path, script):
-    picture = tmp_path / "joint_constraint.png"
-    settings = ("--seeds", 2, "--iterations", 2, "--frames", 32, "--out", picture)
+    settings = ("--seeds", 0, 1, "--iterations", 2, "--frames", 32, "--out", tmp_path / "new" / "folder")
     output = script(EXAMPLES / "joint_constraint.py", *settings)
     rows = [line.split() for line in output.splitlines() if line.startswith("HATRPO") and "±" in line]
     assert [row[0] for row in rows] == ["HATRPO", "HATRPO-W", "HATRPO-G"]
     for row in rows:
         assert sum(map(int, row[5:8])) == 2  # seeds
         assert 0 < float(row[-1]) <= 0.0201  # KL of both agents
-    assert picture.stat().st_size > 10_000
+    assert (tmp_path / "new" / "folder" / "joint_constraint.png").stat().st_size > 10_000
+    assert "two or more" in script(EXAMPLES / "joint_constraint.py", "--seeds", 2, fails=True)
 
 
 SMALL = ["collected_frames_per_batch=200", "n_envs_per_worker=4", "n_minibatch_iters=1", "minibatch_size=100"]
@@ -82,8 +135,8 @@ SMALL += ["model.num_cells=[8]", "experiment.evaluation_interval=200", "experime
 
 
 def test_advantage_gap(tmp_path, script):
-    picture = tmp_path / "gap.png"
-    settings = ("--seeds", 0, "--frames", 400, "--steps", 100, "--out", picture, "--override", *SMALL)
+    picture = tmp_path / "advantage_gap.png"
+    settings = ("--seeds", 0, "--frames", 400, "--steps", 100, "--out", tmp_path, "--override", *SMALL)
     rows = [line.split() for line in script(EXAMPLES / "advantage_gap.py", *settings).splitlines()]
     game_gpae, task_gpae = [row for row in rows if row[:1] == ["GPAE"]]
     game_mappo, task_mappo = [row for row in rows if row[:1] == ["MAPPO"]]
@@ -98,13 +151,40 @@ def test_advantage_gap(tmp_path, script):
 def test_truncation(tmp_path, script):
     picture = tmp_path / "truncation.png"
     settings = ("--seeds", 0, "--frames", 400, "--rollouts", 2, "--etas", 1.0, "--truncations", "dt", "none")
-    output = script(EXAMPLES / "truncation.py", *settings, "--out", picture, "--override", *SMALL)
+    output = script(EXAMPLES / "truncation.py", *settings, "--out", tmp_path, "--override", *SMALL)
     traces = {
         line.split()[0]: float(line.split()[-1]) for line in output.splitlines() if line.startswith(("dt", "none"))
     }
     assert traces["none"] == 0.95  # λ: nothing is truncated
     assert traces["dt,"] < 0.95
     assert picture.stat().st_size > 10_000
+
+
+SHORT = [*SMALL, "critic_model.num_cells=[8]", "task.max_steps=10"]
+
+
+def test_barrier(tmp_path, script):
+    out = tmp_path / "barrier"
+    output = script(EXAMPLES / "barrier.py", "--seeds", 0, "--frames", 200, "--out", out, "--override", *SHORT)
+    arms = [line.split(",")[0] for line in (out / "barrier.csv").read_text().splitlines()]
+    assert arms == ["arm", "mars", "mars-log", "maspo", "maspo-at-mars"]
+    assert all(f"\n{arm} " in output for arm in arms[1:])
+    assert all(len(list((out / arm).rglob("*.json"))) == 1 for arm in arms[1:])
+    assert (out / "barrier.png").stat().st_size > 10_000
+    settings = ("--frames", 300, "--out", tmp_path / "refused", "--override", *SHORT)
+    assert "no multiple of the evaluation interval" in script(EXAMPLES / "barrier.py", *settings, fails=True)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_advantage_variance(tmp_path, script):
+    out = tmp_path / "variance"
+    settings = ("--seeds", 0, "--agents", 3, "--iterations", 1, "--epochs", 1, "--out", out, "--override", *SHORT)
+    script(EXAMPLES / "advantage_variance.py", *settings)
+    rows = [line.split(",") for line in (out / "advantage_variance.csv").read_text().splitlines()]
+    assert [row[:2] for row in rows] == [["n_agents", "algorithm"], ["3", "HAPPO"], ["3", "clip-HAPPO"]]
+    assert (out / "advantage_variance.png").stat().st_size > 10_000
+    settings = ("--task", "give_way", "--out", out)
+    assert "has no n_agents" in script(EXAMPLES / "advantage_variance.py", *settings, fails=True)
 
 
 @pytest.fixture
@@ -220,6 +300,8 @@ def test_learning_curves(run, tmp_path, script, load):
     rows = [line.split() for line in output.splitlines() if line.startswith("vmas/simple_spread")]
     assert [row[1:4] for row in rows] == [["mars,", "other", "2"], ["mars,", "runs", "2"]]
     assert rows[0][4:] == rows[1][4:]
+    script(EXAMPLES / "learning_curves.py", folder, "--out", tmp_path / "pictures")
+    assert (tmp_path / "pictures" / "learning_curves.png").stat().st_size > 10_000
     # What a resumed run has done again counts once; where seeds have different frames, the common ones are drawn.
     for file in folder.rglob("collection_reward_episode_reward_mean.csv"):
         file.write_text("0,1.0\n1,2.0\n1,3.0\n")
