@@ -1,4 +1,7 @@
-"""Imports go one way: functional <- losses, value <- updates <- algorithms <- registration; environments alone."""
+"""Imports go one way: functional <- losses, value <- updates <- algorithms <- registration.
+
+Alone are environments, and what serves any experiment: algorithms import runtime, which imports none of ours.
+"""
 
 import ast
 from pathlib import Path
@@ -13,7 +16,8 @@ ALLOWED = {  # layer -> (layers of ours it may import, packages of others it may
     "losses": ({"functional"}, {"benchmarl", "hydra"}),
     "value": ({"functional"}, {"benchmarl", "hydra"}),
     "updates": ({"functional", "losses"}, {"benchmarl", "hydra"}),
-    "algorithms": ({"functional", "losses", "value", "updates", "paths"}, {"hydra"}),
+    "algorithms": ({"functional", "losses", "value", "updates", "runtime", "paths"}, {"hydra"}),
+    "runtime": (set(), {"hydra"}),
     "environments": ({"paths"}, {"hydra"}),
 }
 

@@ -15,10 +15,9 @@ from torch import Tensor
 from torchrl.objectives import LossModule, ValueEstimators
 
 from benchmarl_trust import functional as F
-from benchmarl_trust.algorithms.guard import FiniteGuard, own_callback
-from benchmarl_trust.algorithms.resume import LatestCheckpoint, ResumeState
 from benchmarl_trust.losses import SurrogateLoss
 from benchmarl_trust.paths import conf_folder
+from benchmarl_trust.runtime import FiniteGuard, LatestCheckpoint, ResumeState, own_callback
 
 
 class TrustRegion(Mappo):
@@ -88,7 +87,7 @@ class TrustRegion(Mappo):
 
     def process_loss_vals(self, group: str, loss_vals: TensorDictBase) -> TensorDictBase:
         """MAPPO's sum of objective and entropy. A loss that is not finite gets a gradient that is not finite either,
-        by which :class:`~benchmarl_trust.algorithms.guard.FiniteGuard` knows it and drops the step.
+        by which :class:`~benchmarl_trust.runtime.FiniteGuard` knows it and drops the step.
         """
         if "loss_objective" in loss_vals.keys():
             loss_vals = super().process_loss_vals(group, loss_vals)

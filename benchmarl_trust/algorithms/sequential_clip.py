@@ -7,8 +7,8 @@ from torch import Tensor
 from torchrl.objectives import LossModule
 
 from benchmarl_trust import functional as F
-from benchmarl_trust.algorithms.guard import POLICY_PHASE
 from benchmarl_trust.algorithms.sequential import Sequential, SequentialConfig
+from benchmarl_trust.runtime.guard import POLICY_PHASE
 from benchmarl_trust.updates import (
     Agent,
     GradientStep,

@@ -10,7 +10,7 @@ import torch
 from benchmarl.experiment import Callback, Experiment
 from tensordict import TensorDictBase
 
-from benchmarl_trust.algorithms.guard import own_callback
+from benchmarl_trust.runtime.guard import own_callback
 
 KEY = "benchmarl_trust"
 

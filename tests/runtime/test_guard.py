@@ -173,8 +173,7 @@ def test_own_callbacks_once_at_the_end_and_the_list_of_the_user_untouched(make_e
     from benchmarl.algorithms import EnsembleAlgorithmConfig
 
     from benchmarl_trust.algorithms.common import RatioExtremes
-    from benchmarl_trust.algorithms.guard import FiniteGuard
-    from benchmarl_trust.algorithms.resume import LatestCheckpoint, ResumeState
+    from benchmarl_trust.runtime import FiniteGuard, LatestCheckpoint, ResumeState
 
     mine = [Callback()]
     config = MarsConfig.get_from_yaml()

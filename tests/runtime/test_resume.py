@@ -10,7 +10,7 @@ from benchmarl.experiment import Experiment
 from cases import CASES, MAIN
 
 from benchmarl_trust import HappoConfig, MarsConfig
-from benchmarl_trust.algorithms.resume import KEY
+from benchmarl_trust.runtime.resume import KEY
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
 
