@@ -8,7 +8,6 @@ from torchrl.objectives import LossModule
 
 from benchmarl_trust import functional as F
 from benchmarl_trust.algorithms.sequential import Sequential, SequentialConfig
-from benchmarl_trust.runtime.guard import POLICY_PHASE
 from benchmarl_trust.updates import (
     Agent,
     GradientStep,
@@ -61,15 +60,16 @@ class SequentialClip(Sequential):
 
     def _get_parameters(self, group: str, loss: LossModule) -> dict[str, list]:
         """One optimizer per agent (one Adam for all would move the others by stale momentum), and the critic's."""
-        critic = super()._get_parameters(group, loss)
         agents = self._policies[group].agents
-        if self._policies[group].shared:
-            return {f"{POLICY_PHASE}shared": agents[0].parameters, **critic}
-        return {f"{POLICY_PHASE}agent_{agent.index}": agent.parameters for agent in agents} | critic
+        own = {self._optimizer_name(group, agent.index): agent.parameters for agent in agents}
+        self.guard.policy_phase[group] |= own.keys()
+        return own | super()._get_parameters(group, loss)
 
     def _optimizer(self, group: str, agent: int) -> torch.optim.Optimizer:
-        name = "shared" if self._policies[group].shared else f"agent_{agent}"
-        return fused(self.experiment.optimizers[group][f"{POLICY_PHASE}{name}"])
+        return fused(self.experiment.optimizers[group][self._optimizer_name(group, agent)])
+
+    def _optimizer_name(self, group: str, agent: int) -> str:
+        return "loss_objective_shared" if self._policies[group].shared else f"loss_objective_agent_{agent}"
 
     def _sweep(self, team: list[str], agents: list[Agent], order: list[int]) -> list[PositionInfo]:
         if self._is_shared(team):

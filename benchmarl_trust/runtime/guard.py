@@ -1,6 +1,6 @@
 """Nothing that is not finite reaches a parameter."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
@@ -15,8 +15,6 @@ CallbackType = TypeVar("CallbackType", bound=Callback)
 
 #: So many iterations in a row with a dropped step end the run.
 PATIENCE = 3
-#: Optimizers of this name belong to a policy phase, not to BenchMARL's loop.
-POLICY_PHASE = "loss_objective_"
 
 
 class FiniteGuard(Callback):
@@ -30,19 +28,22 @@ class FiniteGuard(Callback):
     collected batch raises a ``ValueError`` before any group is trained on it. Actions, log-probs and rewards of agents
     that ``(group, "mask")`` marks as absent are not looked at.
 
-    Numerics: BenchMARL's loop steps on any gradient. A pre-step hook on every optimizer of the experiment removes a
+    Numerics: BenchMARL's loop steps on any gradient. A pre-step hook on every optimizer that it steps removes a
     gradient whose norm is not finite, so that the step changes neither parameters nor optimizer state. Dropped steps
     are logged as ``train/{group}/skipped_steps``; ``PATIENCE`` iterations in a row with one end the run with a
     ``RuntimeError``.
 
     Attributes:
         skipped (Counter): dropped steps of the current iteration by group; a policy phase adds its own.
+        policy_phase (dict of set of str): by group the names of the optimizers that a policy phase steps by itself, and
+            whose steps it sees to; named before ``on_setup``. All others are the guard's.
         checks (list of callable): further checks of the collected batch.
     """
 
     def __init__(self):
         super().__init__()
         self.skipped: Counter = Counter()
+        self.policy_phase: defaultdict[str, set[str]] = defaultdict(set)
         self.checks: list[Callable[[TensorDictBase], None]] = []
         self._streak: Counter = Counter()
 
@@ -60,7 +61,7 @@ class FiniteGuard(Callback):
             policy.register_forward_pre_hook(_check_policy_input)
         for group, optimizers in self.experiment.optimizers.items():
             for name, optimizer in optimizers.items():
-                if name.startswith(POLICY_PHASE):
+                if name in self.policy_phase[group]:
                     continue
                 optimizer.register_step_pre_hook(partial(self._drop_nonfinite_gradient, group))
                 if not self.experiment.config.clip_grad_norm:  # clipping by value would make an infinity finite

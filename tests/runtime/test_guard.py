@@ -6,13 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from benchmarl.algorithms import EnsembleAlgorithmConfig
 from benchmarl.environments import VmasTask
 from benchmarl.experiment import Callback
 from cases import CASES
 from conftest import policy_parameters, scalars
 from environments import StandInTask
 
-from benchmarl_trust import MarsConfig
+from benchmarl_trust import HappoConfig, Mars, MarsConfig
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
 
@@ -159,6 +160,49 @@ def test_a_loss_that_is_infinite_with_a_finite_gradient_is_dropped_too(make_expe
     assert torch.autograd.grad(out["loss_critic"], weight)[0] == 1
 
 
+class Renamed(Mars):
+    """MARS with a name for its policy's optimizer that looks like one of a policy phase."""
+
+    NAME = "loss_objective_agent_0"
+
+    def _get_parameters(self, group, loss):
+        parameters = super()._get_parameters(group, loss)
+        return {self.NAME: parameters.pop("loss_objective"), **parameters}
+
+    def process_loss_vals(self, group, loss_vals):
+        return super().process_loss_vals(group, loss_vals).rename_key_("loss_objective", self.NAME)
+
+
+class RenamedConfig(MarsConfig):
+    @staticmethod
+    def associated_class():
+        return Renamed
+
+
+def renamed():
+    return RenamedConfig(**vars(MarsConfig.get_from_yaml()))
+
+
+def test_a_name_decides_nothing_about_who_sees_to_an_optimizer(make_experiment):
+    """Beside HAPPO, whose optimizer of this name is its policy phase's, BenchMARL's loop steps another's."""
+    ensemble = EnsembleAlgorithmConfig({"speaker": HappoConfig.get_from_yaml(), "listener": renamed()})
+    experiment = make_experiment(ensemble, task=speaker_listener(), max_n_iters=3)
+    guard = experiment.algorithm.algorithms_map["speaker"].guard
+    assert guard.policy_phase["speaker"] == {Renamed.NAME}
+    assert not guard.policy_phase["listener"]
+    for group in ("speaker", "listener"):
+        assert list(experiment.optimizers[group]) == [Renamed.NAME, "loss_critic"]
+    hooks = {g: len(o[Renamed.NAME]._optimizer_step_pre_hooks) for g, o in experiment.optimizers.items()}
+    assert hooks == {"speaker": 0, "listener": 1}
+    leaf = experiment.optimizers["listener"][Renamed.NAME].param_groups[0]["params"][0]
+    leaf.register_hook(lambda g: g * math.nan if experiment.n_iters_performed == 1 else g)
+    experiment.run()
+    assert all(p.isfinite().all() for p in policy_parameters(experiment).values())
+    steps = experiment.config.n_optimizer_steps(True) * 2  # of two minibatches
+    assert scalars(experiment)["train_listener_skipped_steps"] == [0, steps, 0]
+    assert scalars(experiment)["train_speaker_skipped_steps"] == [0, 0, 0]
+
+
 def test_three_bad_iterations_in_a_row_end_the_run(make_experiment):
     experiment = make_experiment(MarsConfig.get_from_yaml(), max_n_iters=9, checkpoint_interval=40)
     break_loss(experiment, "agents", "loss_critic", {1, 2, 4, 5, 6})
@@ -170,8 +214,6 @@ def test_three_bad_iterations_in_a_row_end_the_run(make_experiment):
 
 
 def test_own_callbacks_once_at_the_end_and_the_list_of_the_user_untouched(make_experiment):
-    from benchmarl.algorithms import EnsembleAlgorithmConfig
-
     from benchmarl_trust.algorithms.common import RatioExtremes
     from benchmarl_trust.runtime import FiniteGuard, LatestCheckpoint, ResumeState
 
