@@ -30,8 +30,9 @@ class FiniteGuard(Callback):
 
     Numerics: BenchMARL's loop steps on any gradient. A pre-step hook on every optimizer that it steps removes a
     gradient whose norm is not finite, so that the step changes neither parameters nor optimizer state. Dropped steps
-    are logged as ``train/{group}/skipped_steps``; ``PATIENCE`` iterations in a row with one end the run with a
-    ``RuntimeError``.
+    are logged as ``train/{group}/skipped_steps`` once all groups of the iteration are trained, since what one group
+    trains with may be counted for another (a policy phase of several groups); ``PATIENCE`` iterations in a row with one
+    end the run with a ``RuntimeError``.
 
     Attributes:
         skipped (Counter): dropped steps of the current iteration by group; a policy phase adds its own.
@@ -96,16 +97,24 @@ class FiniteGuard(Callback):
         )
 
     def on_train_end(self, training_td: TensorDictBase, group: str) -> None:
-        """Log the dropped steps of this iteration; stop after too many such iterations."""
-        skipped = self.skipped.pop(group, 0)
-        self.experiment.logger.log({f"train/{group}/skipped_steps": skipped}, step=self.experiment.n_iters_performed)
-        self._streak[group] = self._streak[group] + 1 if skipped else 0
-        if self._streak[group] >= PATIENCE:
-            raise RuntimeError(
-                f"Group {group}: non-finite losses or gradients in {PATIENCE} iterations in a row ({skipped} steps "
-                "dropped in the last). The parameters are finite; lower experiment.lr or look at the scale of the "
-                "rewards. " + last_checkpoint(self.experiment)
-            )
+        """With the iteration's last group, log the dropped steps of all; stop after too many such iterations."""
+        groups = list(self.experiment.train_group_map)
+        if group != groups[-1]:
+            return
+        skipped = {name: self.skipped.pop(name, 0) for name in groups}
+        self.experiment.logger.log(
+            {f"train/{name}/skipped_steps": count for name, count in skipped.items()},
+            step=self.experiment.n_iters_performed,
+        )
+        for name, count in skipped.items():
+            self._streak[name] = self._streak[name] + 1 if count else 0
+        for name, count in skipped.items():
+            if self._streak[name] >= PATIENCE:
+                raise RuntimeError(
+                    f"Group {name}: non-finite losses or gradients in {PATIENCE} iterations in a row ({count} steps "
+                    "dropped in the last). The parameters are finite; lower experiment.lr or look at the scale of the "
+                    "rewards. " + last_checkpoint(self.experiment)
+                )
 
     def _drop_nonfinite_gradient(self, group: str, optimizer, args, kwargs) -> None:
         parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]

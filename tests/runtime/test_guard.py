@@ -6,16 +6,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from benchmarl.algorithms import EnsembleAlgorithmConfig
+from benchmarl.algorithms import EnsembleAlgorithmConfig, MappoConfig
 from benchmarl.environments import VmasTask
 from benchmarl.experiment import Callback
-from cases import CASES
+from cases import CASES, MAIN
 from conftest import policy_parameters, scalars
 from environments import StandInTask
 
 from benchmarl_trust import HappoConfig, Mars, MarsConfig
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
+sequential_cases = pytest.mark.parametrize(
+    "case", [case for case in MAIN if case.sequential], ids=[case.id for case in MAIN if case.sequential]
+)
 
 
 class Spoil(Callback):
@@ -211,6 +214,58 @@ def test_three_bad_iterations_in_a_row_end_the_run(make_experiment):
     assert experiment.n_iters_performed == 6
     assert "checkpoint_240.pt" in str(error.value)
     assert scalars(experiment)["train_agents_skipped_steps"] == [0, 1, 1, 0, 1, 1, 1]
+
+
+def spoil_first_agent(experiment, group, iterations):
+    """NaN into the gradient of a group's first agent, in the policy phases of the given iterations."""
+    leaf = experiment.algorithm._policies[group].agents[0].parameters[0]
+    leaf.register_hook(lambda g: g * math.nan if experiment.n_iters_performed in iterations else g)
+
+
+@pytest.mark.parametrize("group", ["speaker", "listener"])
+@sequential_cases
+def test_a_turn_of_any_group_of_a_team_counts_for_its_own_iteration(case, group, make_experiment):
+    """Also in the last iteration. The team's turns are taken with its last group, the listener."""
+    experiment = make_experiment(case.config(teams=[["speaker", "listener"]]), task=speaker_listener(), max_n_iters=4)
+    spoil_first_agent(experiment, group, {1, 3})
+    experiment.run()
+    other = "speaker" if group == "listener" else "listener"
+    assert scalars(experiment)[f"train_{group}_skipped_steps"] == [0, 1, 0, 1]
+    assert scalars(experiment)[f"train_{other}_skipped_steps"] == [0, 0, 0, 0]
+    assert not experiment.algorithm.guard.skipped
+
+
+def test_three_bad_iterations_of_an_earlier_group_of_a_team_end_the_run_at_once(make_experiment):
+    config = HappoConfig.get_from_yaml()
+    config.teams = [["speaker", "listener"]]
+    experiment = make_experiment(config, task=speaker_listener(), max_n_iters=5)
+    spoil_first_agent(experiment, "speaker", {0, 1, 2})
+    with pytest.raises(RuntimeError, match=r"Group speaker: .* 3 iterations in a row \(1 steps dropped in the last"):
+        experiment.run()
+    assert experiment.n_iters_performed == 2
+    assert scalars(experiment)["train_speaker_skipped_steps"] == [1, 1, 1]
+
+
+class FreezeListener(Callback):
+    """The last group is trained no longer from the third iteration on."""
+
+    def on_batch_collected(self, batch):
+        if self.experiment.n_iters_performed == 2:
+            del self.experiment.train_group_map["listener"]
+
+
+@pytest.mark.parametrize("ensemble", [False, True])
+def test_steps_are_counted_where_the_last_group_is_frozen(ensemble, make_experiment):
+    config = HappoConfig.get_from_yaml()
+    if ensemble:
+        config = EnsembleAlgorithmConfig({"speaker": config, "listener": MappoConfig.get_from_yaml()})
+    experiment = make_experiment(config, task=speaker_listener(), callbacks=[FreezeListener()], max_n_iters=4)
+    leaf = experiment.optimizers["speaker"]["loss_critic"].param_groups[0]["params"][0]
+    leaf.register_hook(lambda g: g * math.nan if experiment.n_iters_performed in (1, 3) else g)
+    experiment.run()
+    steps = experiment.config.n_optimizer_steps(True) * 2  # of two minibatches
+    assert scalars(experiment)["train_speaker_skipped_steps"] == [0, steps, 0, steps]
+    assert scalars(experiment)["train_listener_skipped_steps"] == [0, 0]
 
 
 def test_own_callbacks_once_at_the_end_and_the_list_of_the_user_untouched(make_experiment):
