@@ -1,5 +1,6 @@
 """Nothing that is not finite reaches a parameter."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -29,7 +30,9 @@ class FiniteGuard(Callback):
     that ``(group, "mask")`` marks as absent are not looked at.
 
     Numerics: BenchMARL's loop steps on any gradient. A pre-step hook on every optimizer that it steps removes a
-    gradient whose norm is not finite, so that the step changes neither parameters nor optimizer state. Dropped steps
+    gradient whose norm is not finite, so that the step changes neither parameters nor optimizer state. That includes
+    finite entries so large that the norm overflows: clipping by norm would make them zeros, on which Adam goes on by
+    its momentum. So a hook on every parameter turns them to NaN before they are clipped. Dropped steps
     are logged as ``train/{group}/skipped_steps`` once all groups of the iteration are trained, since what one group
     trains with may be counted for another (a policy phase of several groups); ``PATIENCE`` iterations in a row with one
     end the run with a ``RuntimeError``.
@@ -65,10 +68,11 @@ class FiniteGuard(Callback):
                 if name in self.policy_phase[group]:
                     continue
                 optimizer.register_step_pre_hook(partial(self._drop_nonfinite_gradient, group))
-                if not self.experiment.config.clip_grad_norm:  # clipping by value would make an infinity finite
-                    for parameter_group in optimizer.param_groups:
-                        for parameter in parameter_group["params"]:
-                            parameter.register_post_accumulate_grad_hook(_infinity_to_nan)
+                # Clipping comes before the step: by value it would make an infinity finite, by norm all of it zero.
+                parameters = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
+                for parameter in parameters:
+                    limit = _norm_limit(parameter.dtype, len(parameters))
+                    parameter.register_post_accumulate_grad_hook(partial(_nan_beyond, limit))
 
     def on_batch_collected(self, batch: TensorDictBase) -> None:
         """Raise if the batch is not finite, or if a check that an algorithm has added fails."""
@@ -182,8 +186,19 @@ def _nonfinite(batch: TensorDictBase, key: str | tuple, value: Tensor) -> Tensor
     return bad & mask.reshape(*mask.shape, *[1] * (bad.ndim - mask.ndim))
 
 
-def _infinity_to_nan(parameter: torch.nn.Parameter) -> None:
-    parameter.grad.masked_fill_(~parameter.grad.isfinite(), torch.nan)
+def _norm_limit(dtype: torch.dtype, tensors: int) -> float:
+    """The largest norm of one tensor's gradient with which the norm over so many tensors cannot overflow.
+
+    That norm is the root of a sum of squares, which is at most n L² and must stay below the largest number of the type;
+    half of the L that reaches it leaves room for rounding. In float32 it is 2e18 for 20 tensors.
+    """
+    return 0.5 * math.sqrt(torch.finfo(dtype).max / tensors)
+
+
+def _nan_beyond(limit: float, parameter: torch.nn.Parameter) -> None:
+    """Make a gradient NaN whose norm is not finite or above the limit; the host waits for nothing."""
+    norm = torch.linalg.vector_norm(parameter.grad)
+    parameter.grad.masked_fill_(~(norm <= limit), torch.nan)
 
 
 def _path(key: str | tuple) -> tuple:

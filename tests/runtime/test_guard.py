@@ -1,5 +1,6 @@
 """What is not finite: data is refused before any group trains, a bad step changes nothing."""
 
+import copy
 import json
 import math
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from conftest import policy_parameters, scalars
 from environments import StandInTask
 
 from benchmarl_trust import HappoConfig, Mars, MarsConfig
+from benchmarl_trust.runtime.guard import _norm_limit
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
 sequential_cases = pytest.mark.parametrize(
@@ -327,3 +329,126 @@ def test_a_bad_gradient_is_dropped_however_gradients_are_clipped(by_norm, clip_g
     optimizer.step()
     assert_equal(everything(experiment), before)
     assert experiment.algorithm.guard.skipped == {"agents": 1}
+
+
+clippings = pytest.mark.parametrize(
+    ("by_norm", "clip_grad_val"),
+    [(True, 5.0), (True, None), (False, 5.0), (False, None)],
+    ids=["by norm", "none by norm", "by value", "none by value"],
+)
+
+
+def step_on(experiment, sizes):
+    """One step of the critic as BenchMARL's loop takes it, on gradients whose entries have the given sizes."""
+    optimizer = experiment.optimizers["agents"]["loss_critic"]
+    leaves = optimizer.param_groups[0]["params"]
+    sum((leaf * size).sum() for leaf, size in zip(leaves, sizes, strict=True)).backward()
+    entries = torch.cat([leaf.grad.flatten() for leaf in leaves])
+    norm = experiment._grad_clip(optimizer)
+    optimizer.step()
+    optimizer.zero_grad()
+    return entries, norm
+
+
+@clippings
+@pytest.mark.parametrize("where", ["one tensor", "all tensors"])
+def test_finite_entries_whose_norm_overflows_are_dropped(where, by_norm, clip_grad_val, make_experiment):
+    """Once Adam has momentum, on which it would go on: clipped by an infinite norm, all gradients are zero."""
+    experiment = make_experiment(MarsConfig.get_from_yaml(), clip_grad_norm=by_norm, clip_grad_val=clip_grad_val)
+    leaves = experiment.optimizers["agents"]["loss_critic"].param_groups[0]["params"]
+    step_on(experiment, [1.0] * len(leaves))
+    before = everything(experiment)
+    # Where all tensors are large, the norm of each is finite, 1.2e19, and that over all of them is not.
+    large = [1.2e19 / math.sqrt(leaf.numel()) for leaf in leaves]
+    sizes = [1e25] + [1.0] * (len(leaves) - 1) if where == "one tensor" else large
+    assert (
+        torch.cat([torch.full((leaf.numel(),), size) for leaf, size in zip(leaves, sizes, strict=True)])
+        .isfinite()
+        .all()
+    )
+    assert torch.tensor(1.2e19).square().isfinite()
+    assert (torch.tensor(1.2e19).square() * 3).isinf()
+    step_on(experiment, sizes)
+    assert_equal(everything(experiment), before)
+    assert experiment.algorithm.guard.skipped == {"agents": 1}
+    step_on(experiment, [1.0] * len(leaves))
+    after = everything(experiment)
+    assert any(not torch.equal(after[name], value) for name, value in before.items())
+    assert experiment.algorithm.guard.skipped == {"agents": 1}
+
+
+@clippings
+def test_the_largest_gradients_that_pass_have_a_finite_norm(by_norm, clip_grad_val, make_experiment):
+    experiment = make_experiment(MarsConfig.get_from_yaml(), clip_grad_norm=by_norm, clip_grad_val=clip_grad_val)
+    leaves = experiment.optimizers["agents"]["loss_critic"].param_groups[0]["params"]
+    limit = _norm_limit(torch.float32, len(leaves))
+    sizes = [0.99 * limit / math.sqrt(leaf.numel()) for leaf in leaves]
+    before = everything(experiment)
+    entries, norm = step_on(experiment, sizes)
+    assert entries.isfinite().all()
+    assert norm == pytest.approx(0.99 * limit * math.sqrt(len(leaves)), rel=1e-4)
+    assert not experiment.algorithm.guard.skipped
+    after = everything(experiment)
+    assert all(value.isfinite().all() for value in after.values())
+    assert all(
+        not torch.equal(after[name], value)
+        for name, value in before.items()
+        if "critic" in name and "target" not in name
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_no_number_of_tensors_at_the_limit_overflows(dtype):
+    for tensors in (1, 20, 340, 100_000):
+        norms = torch.full((tensors,), _norm_limit(dtype, tensors), dtype=dtype)
+        norm = torch.linalg.vector_norm(norms)
+        assert norm.isfinite()
+        assert norm.item() == pytest.approx(0.5 * math.sqrt(torch.finfo(dtype).max), rel=0.05)
+
+
+@clippings
+def test_ordinary_steps_stay_bit_for_bit_what_they_are(by_norm, clip_grad_val, make_experiment):
+    """A guarded experiment and one without any of its hooks end at the same parameters and moments."""
+    results = []
+    for guarded in (True, False):
+        experiment = make_experiment(MarsConfig.get_from_yaml(), clip_grad_norm=by_norm, clip_grad_val=clip_grad_val)
+        optimizers = list(experiment.optimizers["agents"].values())
+        leaves = [leaf for optimizer in optimizers for leaf in optimizer.param_groups[0]["params"]]
+        assert all(len(leaf._post_accumulate_grad_hooks) == 1 for leaf in leaves)
+        if not guarded:
+            for optimizer in optimizers:
+                optimizer._optimizer_step_pre_hooks.clear()
+            for leaf in leaves:
+                leaf._post_accumulate_grad_hooks.clear()
+        experiment.run()
+        results.append(everything(experiment))
+    assert_equal(*results)
+
+
+class FreezeFirstLayer(MarsConfig):
+    """The first parameters of policy and critic are not trained."""
+
+    def get_algorithm(self, experiment):
+        algorithm = super().get_algorithm(experiment)
+        original = algorithm.get_parameters
+
+        def get_parameters(group):
+            parameters = {name: list(leaves) for name, leaves in original(group).items()}
+            for leaves in parameters.values():
+                leaves[0].requires_grad_(False)
+            return parameters
+
+        algorithm.get_parameters = get_parameters
+        return algorithm
+
+
+def test_parameters_that_are_not_trained_are_left_alone(make_experiment):
+    experiment = make_experiment(FreezeFirstLayer(**vars(MarsConfig.get_from_yaml())))
+    frozen = [o.param_groups[0]["params"][0] for o in experiment.optimizers["agents"].values()]
+    before = [leaf.clone() for leaf in frozen]
+    experiment.run()
+    assert len(frozen) == 2
+    assert all(torch.equal(leaf, old) for leaf, old in zip(frozen, before, strict=True))
+    assert scalars(experiment)["train_agents_skipped_steps"] == [0, 0]
+    clone = copy.deepcopy(experiment.policy)  # what collectors and evaluations do: the hooks stand in nobody's way
+    assert all(torch.equal(p, q) for p, q in zip(clone.parameters(), experiment.policy.parameters(), strict=True))
