@@ -4,7 +4,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from benchmarl.experiment import Callback, Experiment
@@ -16,6 +16,8 @@ CallbackType = TypeVar("CallbackType", bound=Callback)
 
 #: So many iterations in a row with a dropped step end the run.
 PATIENCE = 3
+#: The guard's entry of a checkpoint.
+KEY = "benchmarl_trust_guard"
 
 
 class FiniteGuard(Callback):
@@ -35,7 +37,7 @@ class FiniteGuard(Callback):
     its momentum. So a hook on every parameter turns them to NaN before they are clipped. Dropped steps
     are logged as ``train/{group}/skipped_steps`` once all groups of the iteration are trained, since what one group
     trains with may be counted for another (a policy phase of several groups); ``PATIENCE`` iterations in a row with one
-    end the run with a ``RuntimeError``.
+    end the run with a ``RuntimeError``. Checkpoints hold how many there are so far, so that a resumed run counts on.
 
     Attributes:
         skipped (Counter): dropped steps of the current iteration by group; a policy phase adds its own.
@@ -119,6 +121,14 @@ class FiniteGuard(Callback):
                     "dropped in the last). The parameters are finite; lower experiment.lr or look at the scale of the "
                     "rewards. " + last_checkpoint(self.experiment)
                 )
+
+    def on_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Add how many iterations in a row had dropped steps, by group."""
+        state_dict[KEY] = {"streak": dict(self._streak)}
+
+    def on_load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Count on from there; a checkpoint without our entry counts from zero."""
+        self._streak = Counter(state_dict.get(KEY, {}).get("streak", {}))
 
     def _drop_nonfinite_gradient(self, group: str, optimizer, args, kwargs) -> None:
         parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]

@@ -9,13 +9,13 @@ import pytest
 import torch
 from benchmarl.algorithms import EnsembleAlgorithmConfig, MappoConfig
 from benchmarl.environments import VmasTask
-from benchmarl.experiment import Callback
+from benchmarl.experiment import Callback, Experiment
 from cases import CASES, MAIN
 from conftest import policy_parameters, scalars
 from environments import StandInTask
 
 from benchmarl_trust import HappoConfig, Mars, MarsConfig
-from benchmarl_trust.runtime.guard import _norm_limit
+from benchmarl_trust.runtime.guard import KEY, _norm_limit
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
 sequential_cases = pytest.mark.parametrize(
@@ -216,6 +216,33 @@ def test_three_bad_iterations_in_a_row_end_the_run(make_experiment):
     assert experiment.n_iters_performed == 6
     assert "checkpoint_240.pt" in str(error.value)
     assert scalars(experiment)["train_agents_skipped_steps"] == [0, 1, 1, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("bad", [1, 2])
+def test_a_resumed_run_counts_bad_iterations_on(bad, make_experiment):
+    """So many of three are before the checkpoint, and the rest after it."""
+    experiment = make_experiment(MarsConfig.get_from_yaml(), max_n_iters=3, checkpoint_at_end=True)
+    break_loss(experiment, "agents", "loss_critic", range(3 - bad, 3))
+    experiment.run()
+    assert scalars(experiment)["train_agents_skipped_steps"] == [0] * (3 - bad) + [1] * bad
+    file = experiment.folder_name / "checkpoints" / "checkpoint_120.pt"
+    resumed = Experiment.reload_from_file(str(file), experiment_patch={"max_n_iters": 9})
+    break_loss(resumed, "agents", "loss_critic", range(9))
+    with pytest.raises(RuntimeError, match="3 iterations in a row"):
+        resumed.run()
+    assert resumed.n_iters_performed == 5 - bad
+
+
+def test_a_checkpoint_without_the_guards_entry_counts_from_zero(make_experiment):
+    state = make_experiment(MarsConfig.get_from_yaml()).state_dict()
+    del state[KEY]
+    resumed = make_experiment(MarsConfig.get_from_yaml(), max_n_iters=9)
+    resumed.algorithm.guard._streak["agents"] = 2
+    resumed.load_state_dict(state)
+    break_loss(resumed, "agents", "loss_critic", range(9))
+    with pytest.raises(RuntimeError, match="3 iterations in a row"):
+        resumed.run()
+    assert resumed.n_iters_performed == 2
 
 
 def spoil_first_agent(experiment, group, iterations):
