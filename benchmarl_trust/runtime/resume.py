@@ -21,6 +21,9 @@ class ResumeState(Callback):
     After a restore the same next batch gives, bit for bit, the parameters that it would have given without the
     interruption. (Environments start anew, as in BenchMARL, so the next batch itself differs.)
 
+    Learning rates that a schedule has changed come back too. A run that is resumed with another ``experiment.lr`` keeps
+    that one; all other settings of the optimizers are always those of the running experiment.
+
     BenchMARL writes the report of a resumed run anew; with what is restored here it has the evaluations before too.
 
     ``Experiment.run`` seeds the global generators afresh before it collects, so their states are set once on loading
@@ -47,6 +50,7 @@ class ResumeState(Callback):
                 group: {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
                 for group, optimizers in self.experiment.optimizers.items()
             },
+            "lr": self.experiment.config.lr,
             "generators": [[generator.device.type, generator.get_state()] for generator in self.generators],
             "random": _random_state(),
             "report": copy.deepcopy(self._report()),
@@ -62,6 +66,7 @@ class ResumeState(Callback):
         state = state_dict.get(KEY)
         if state is None:
             return
+        same_lr = state.get("lr") == self.experiment.config.lr
         for group, optimizers in state["optimizers"].items():
             current = self.experiment.optimizers[group]
             if optimizers.keys() != current.keys():
@@ -70,7 +75,7 @@ class ResumeState(Callback):
                     f"has the optimizers {list(optimizers)}, this experiment has {list(current)}."
                 )
             for name, optimizer_state in optimizers.items():
-                _load(current[name], optimizer_state)
+                _load(current[name], optimizer_state, same_lr)
         for generator, (device, generator_state) in zip(self.generators, state["generators"], strict=True):
             if generator.device.type == device:
                 generator.set_state(generator_state.cpu())
@@ -112,10 +117,14 @@ class LatestCheckpoint(Callback):
             os.replace(part, folder / "latest.pt")
 
 
-def _load(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Restore the moments. The settings stay those of the running experiment, which may resume with another lr."""
+def _load(optimizer: torch.optim.Optimizer, saved: dict[str, Any], with_lr: bool) -> None:
+    """Restore the moments, and the learning rates if asked for. The other settings stay those of this experiment."""
+    restored = ("fused", "lr") if with_lr else ("fused",)
     current = optimizer.state_dict()["param_groups"]
-    groups = [{**new, "fused": old.get("fused")} for new, old in zip(current, saved["param_groups"], strict=True)]
+    groups = [
+        {**new, **{key: old.get(key) for key in restored}}
+        for new, old in zip(current, saved["param_groups"], strict=True)
+    ]
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 

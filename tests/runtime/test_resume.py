@@ -84,6 +84,59 @@ def test_resuming_with_another_learning_rate(case, make_experiment):
         assert optimizer.param_groups[0]["eps"] == 1e-3
 
 
+def learning_rates(experiment):
+    return {
+        name: optimizer.param_groups[0]["lr"]
+        for optimizers in experiment.optimizers.values()
+        for name, optimizer in optimizers.items()
+    }
+
+
+def scheduled(experiment):
+    """Change the rates as a schedule would, each optimizer's to another one."""
+    for optimizers in experiment.optimizers.values():
+        for i, optimizer in enumerate(optimizers.values()):
+            optimizer.param_groups[0]["lr"] /= 2 + i
+    return learning_rates(experiment)
+
+
+@all_cases
+def test_scheduled_learning_rates_come_back(case, make_experiment, tmp_path):
+    one = make_experiment(case.config(), adam_eps=1e-6)
+    batch = next(iter(one.collector))
+    rates = scheduled(one)
+    assert max(rates.values()) == 5e-4
+    assert len(set(rates.values())) == len(rates)
+    torch.save(one.state_dict(), tmp_path / "state.pt")
+    again = make_experiment(case.config(), adam_eps=1e-3, seed=3)
+    assert set(learning_rates(again).values()) == {1e-3}
+    again.load_state_dict(torch.load(tmp_path / "state.pt"))  # weights_only, as BenchMARL loads it
+    assert learning_rates(again) == rates
+    assert {o.param_groups[0]["eps"] for o in again.optimizers["agents"].values()} == {1e-3}
+    train(again, batch)
+    assert learning_rates(again) == rates
+
+
+@all_cases
+def test_another_learning_rate_of_the_user_holds_against_a_schedule(case, make_experiment):
+    one = make_experiment(case.config())
+    scheduled(one)
+    state = one.state_dict()
+    again = make_experiment(case.config(), lr=5e-6)
+    again.load_state_dict(state)
+    assert set(learning_rates(again).values()) == {5e-6}
+
+
+def test_rates_of_a_checkpoint_that_does_not_say_its_lr_are_the_configurations(make_experiment):
+    one = make_experiment(HappoConfig.get_from_yaml())
+    scheduled(one)
+    state = one.state_dict()
+    del state[KEY]["lr"]
+    again = make_experiment(HappoConfig.get_from_yaml())
+    again.load_state_dict(state)
+    assert set(learning_rates(again).values()) == {1e-3}
+
+
 def test_a_checkpoint_of_another_kind_of_device_still_loads(make_experiment):
     one = make_experiment(HappoConfig.get_from_yaml())
     state = one.state_dict()
