@@ -75,6 +75,10 @@ class Gpae(Simultaneous):
         F.check_gpae(truncation, eta, lmbda, gamma=self.experiment_config.gamma, prefix="experiment.")
         self.truncation, self.eta, self.n_rollouts = truncation, eta, n_rollouts
         self._check_rollouts()
+        if self.off_policy:
+            config = self.experiment_config
+            frames, envs = config.collected_frames_per_batch(self.on_policy), config.n_envs_per_worker(self.on_policy)
+            self.resume_state.batch_shapes |= {group: [envs, -(-frames // envs)] for group in self.group_map}
         if not self.share_param_critic:
             raise ValueError(
                 "algorithm.share_param_critic=False: GPAE has one critic that is told whose value is wanted. Separate "

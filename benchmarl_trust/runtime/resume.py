@@ -31,11 +31,14 @@ class ResumeState(Callback):
 
     Attributes:
         generators (list of torch.Generator): further generators to save, those of the algorithms.
+        batch_shapes (dict of list of int): [environments, steps] of the batches that a group's buffer keeps from one
+            iteration to the next; empty where none does.
     """
 
     def __init__(self):
         super().__init__()
         self.generators: list[torch.Generator] = []
+        self.batch_shapes: dict[str, list[int]] = {}
         self._random_state: dict[str, Any] | None = None
 
     @classmethod
@@ -51,6 +54,7 @@ class ResumeState(Callback):
                 for group, optimizers in self.experiment.optimizers.items()
             },
             "lr": self.experiment.config.lr,
+            "batch_shapes": dict(self.batch_shapes),
             "generators": [[generator.device.type, generator.get_state()] for generator in self.generators],
             "random": _random_state(),
             "report": copy.deepcopy(self._report()),
@@ -61,11 +65,12 @@ class ResumeState(Callback):
         algorithms' generators start anew.
 
         Raises:
-            ValueError: if the checkpoint is of an algorithm with other optimizers.
+            ValueError: if the checkpoint is of an algorithm with other optimizers, or has batches of another shape.
         """
         state = state_dict.get(KEY)
         if state is None:
             return
+        self._check_batch_shapes(state_dict, state.get("batch_shapes", {}))
         same_lr = state.get("lr") == self.experiment.config.lr
         for group, optimizers in state["optimizers"].items():
             current = self.experiment.optimizers[group]
@@ -88,6 +93,19 @@ class ResumeState(Callback):
         if self._random_state is not None:
             _set_random_state(self._random_state)
             self._random_state = None
+
+    def _check_batch_shapes(self, state_dict: dict[str, Any], saved: dict[str, list[int]]) -> None:
+        """Kept batches lie flat in a buffer: cut to another length they would be trajectories that never were."""
+        for group, new in self.batch_shapes.items():
+            old = saved.get(group, new)
+            if old != new and state_dict.get(f"buffer_{group}") is not None:  # an empty one is saved as None
+                raise ValueError(
+                    f"The checkpoint keeps batches of {old[0]} environments and {old[1]} steps for group {group}; this "
+                    f"experiment collects {new[0]} environments and {new[1]} steps "
+                    "(experiment.on_policy_n_envs_per_worker, experiment.on_policy_collected_frames_per_batch). Resume "
+                    f"with {old[0]} environments and {old[0] * old[1]} frames, or save checkpoints without their "
+                    "buffers (experiment.exclude_buffer_from_checkpoint=True)."
+                )
 
     def _report(self) -> dict[str, Any]:
         """The evaluations in BenchMARL's JSON report, by step."""
