@@ -33,11 +33,12 @@ class FiniteGuard(Callback):
 
     Numerics: BenchMARL's loop steps on any gradient. A pre-step hook on every optimizer that it steps removes a
     gradient whose norm is not finite, so that the step changes neither parameters nor optimizer state. That includes
-    finite entries so large that the norm overflows: clipping by norm would make them zeros, on which Adam goes on by
-    its momentum. So a hook on every parameter turns them to NaN before they are clipped. Dropped steps
-    are logged as ``train/{group}/skipped_steps`` once all groups of the iteration are trained, since what one group
-    trains with may be counted for another (a policy phase of several groups); ``PATIENCE`` iterations in a row with one
-    end the run with a ``RuntimeError``. Checkpoints hold how many there are so far, so that a resumed run counts on.
+    finite entries so large that their norm overflows: clipped by it they would be zeros, on which Adam goes on by its
+    momentum; so a hook on every parameter makes such a gradient NaN before it is clipped.
+
+    Dropped steps are logged as ``train/{group}/skipped_steps`` once the iteration's last group is trained, since a
+    policy phase may be of several groups; ``PATIENCE`` iterations in a row with one end the run with a
+    ``RuntimeError``. Checkpoints hold how many there are so far, so that a resumed run counts on.
 
     Attributes:
         skipped (Counter): dropped steps of the current iteration by group; a policy phase adds its own.
@@ -197,12 +198,14 @@ def _nonfinite(batch: TensorDictBase, key: str | tuple, value: Tensor) -> Tensor
 
 
 def _norm_limit(dtype: torch.dtype, tensors: int) -> float:
-    """The largest norm of one tensor's gradient with which the norm over so many tensors cannot overflow.
+    """The largest norm L of one tensor's gradient with which the norm over n tensors cannot overflow.
 
-    That norm is the root of a sum of squares, which is at most n L² and must stay below the largest number of the type;
-    half of the L that reaches it leaves room for rounding. In float32 it is 2e18 for 20 tensors.
+    That norm is the root of a sum of squares, at most n L², which must stay below the largest number of the type that
+    it is summed in (float32 for the half ones), as √n L must in the type itself. Half of the L that reaches it leaves
+    room for rounding. In float32 L is 2e18 for 20 tensors.
     """
-    return 0.5 * math.sqrt(torch.finfo(dtype).max / tensors)
+    summed = torch.finfo(torch.promote_types(dtype, torch.float32)).max
+    return 0.5 * min(math.sqrt(summed), torch.finfo(dtype).max) / math.sqrt(tensors)
 
 
 def _nan_beyond(limit: float, parameter: torch.nn.Parameter) -> None:
