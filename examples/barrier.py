@@ -58,8 +58,8 @@ def make_arms(epsilon: float) -> dict[str, tuple[str, dict]]:
     """What to compare, by name: an algorithm, and what is changed in its configuration."""
     optimum_high, optimum_low = 1 / math.sqrt(1 - 2 * epsilon), 1 / math.sqrt(1 + 2 * epsilon)
     return {
-        "mars": ("mars", {"epsilon": epsilon, "penalty": "reciprocal"}),
-        "mars-log": ("mars", {"epsilon": epsilon, "penalty": "log"}),
+        "mars": ("mars", {"epsilon": epsilon, "surrogate": "reciprocal"}),
+        "mars-log": ("mars", {"epsilon": epsilon, "surrogate": "log"}),
         "maspo": ("maspo", {"epsilon": epsilon, "epsilon_negative": None}),
         "maspo-at-mars": ("maspo", {"epsilon": optimum_high - 1, "epsilon_negative": 1 - optimum_low}),
     }

@@ -74,10 +74,10 @@ class TrustRegion(Mappo):
         self.epsilon = (epsilon if epsilon_negative is None else epsilon_negative, epsilon)
         self.factor = factor
         self.normalize_advantage = normalize_advantage
-        self.estimator = make_estimator(estimator, self, truncation, eta, n_rollouts)
         self.guard = FiniteGuard.of(self.experiment)
         self.resume_state = ResumeState.of(self.experiment)
         LatestCheckpoint.of(self.experiment)
+        self.estimator = make_estimator(estimator, self, truncation, eta, n_rollouts)
 
     def _get_loss(self, group: str, policy_for_loss: TensorDictModule, continuous: bool) -> tuple[LossModule, bool]:
         loss = self.loss_class(

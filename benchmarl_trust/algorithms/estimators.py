@@ -137,6 +137,8 @@ class Gpae(Gae):
                 "an ensemble of algorithms does not hand on a buffer that keeps past batches. Use n_rollouts=1, or "
                 "one algorithm for all groups.",
             )
+        if self.off_policy:
+            self.algorithm.resume_state.batch_shapes |= {group: self._batch_shape for group in self.algorithm.group_map}
         if not self.algorithm.share_param_critic:
             refuse(
                 "share_param_critic",
@@ -144,6 +146,13 @@ class Gpae(Gae):
                 "GPAE has one critic that is told whose value is wanted. Separate critics would cost the same time "
                 "and N times the parameters. Leave it at True.",
             )
+
+    @property
+    def _batch_shape(self) -> list[int]:
+        """Environments and steps of a batch, which is whole steps of all environments."""
+        config, on_policy = self.algorithm.experiment_config, self.algorithm.on_policy
+        envs = config.n_envs_per_worker(on_policy)
+        return [envs, -(-config.collected_frames_per_batch(on_policy) // envs)]
 
     def critic(self, group: str) -> CounterfactualCritic:
         """The configured model as a counterfactual critic."""
@@ -188,9 +197,7 @@ class Gpae(Gae):
         buffer = super().buffer(group, transforms)
         if not self.off_policy:
             return buffer
-        config, on_policy = self.algorithm.experiment_config, self.algorithm.on_policy
-        frames, envs = config.collected_frames_per_batch(on_policy), config.n_envs_per_worker(on_policy)
-        steps = -(-frames // envs)  # a batch is whole steps of all environments
+        envs, steps = self._batch_shape
         rows = envs if self.algorithm.has_rnn else envs * steps
         return TensorDictReplayBuffer(
             storage=LazyTensorStorage(rows * self.n_rollouts, device=self.algorithm.device),
@@ -248,8 +255,7 @@ class Gpae(Gae):
         metrics |= each_and_mean("value_explained_variance", 1 - unexplained)
         if self.off_policy:
             metrics |= self._ratio_metrics(group, batch, mask)
-            envs = self.algorithm.experiment_config.n_envs_per_worker(self.algorithm.on_policy)
-            metrics["data_age"] = torch.full((), (batch.shape[0] / envs - 1) / 2, device=advantage.device)
+            metrics["data_age"] = torch.full((), (self.n_batches(group) - 1) / 2, device=advantage.device)
         return metrics
 
     def _ratio_metrics(self, group: str, batch: TensorDictBase, mask: Tensor | None) -> dict[str, Tensor]:

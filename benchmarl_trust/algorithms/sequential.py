@@ -163,7 +163,9 @@ class Sequential(TrustRegion):
         agents = []
         for group, batch in batches.items():
             mine = slice(len(agents), len(agents) + len(self.group_map[group]))
-            columns = {"value": batch[group, "state_value"].squeeze(-1), **self.estimator.columns(group, batch)}
+            columns = self.estimator.columns(group, batch)
+            if self.order == "semi_greedy":
+                columns["value"] = batch[group, "state_value"].squeeze(-1)
             mask = columns.pop("mask", batch.get((group, "mask"), None))
             policy, optimizers = self._policies[group], self._optimizers(group)
             agents += policy.make_agents(batch, advantages[..., mine], mask, optimizers, **columns)

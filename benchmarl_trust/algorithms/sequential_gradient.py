@@ -62,10 +62,10 @@ class SequentialGradient(Sequential):
 
     def _get_parameters(self, group: str, loss: LossModule) -> dict[str, list]:
         """One optimizer per agent (one Adam for all would move the others by stale momentum), and the critic's."""
-        critic = super()._get_parameters(group, loss)
         names = self._optimizer_names(group)
+        self.guard.policy_phase[group].update(names)
         own = {name: agent.parameters for name, agent in zip(names, self._policies[group].agents, strict=True)}
-        return own | critic
+        return own | super()._get_parameters(group, loss)
 
     def _optimizer_names(self, group: str) -> list[str]:
         """The optimizer of each agent of the group; of a shared policy, the same for all."""

@@ -224,7 +224,7 @@ class MatrixGame(_OneStepGame):
         return matrix_reward(self.payoff, action)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -1,6 +1,6 @@
-"""What serves any experiment: a guard against what is not finite, and an exact continuation."""
+"""What serves any experiment of BenchMARL: a guard against what is not finite, and checkpoints to go on from."""
 
-from benchmarl_trust.runtime.guard import FiniteGuard, last_checkpoint, own_callback
+from benchmarl_trust.runtime.guard import PATIENCE, FiniteGuard, last_checkpoint, own_callback
 from benchmarl_trust.runtime.resume import LatestCheckpoint, ResumeState
 
-__all__ = ["FiniteGuard", "LatestCheckpoint", "ResumeState", "last_checkpoint", "own_callback"]
+__all__ = ["PATIENCE", "FiniteGuard", "LatestCheckpoint", "ResumeState", "last_checkpoint", "own_callback"]

@@ -1,9 +1,10 @@
 """Nothing that is not finite reaches a parameter."""
 
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from benchmarl.experiment import Callback, Experiment
@@ -15,8 +16,8 @@ CallbackType = TypeVar("CallbackType", bound=Callback)
 
 #: So many iterations in a row with a dropped step end the run.
 PATIENCE = 3
-#: Optimizers of this name belong to a policy phase, not to BenchMARL's loop.
-POLICY_PHASE = "loss_objective_"
+#: The guard's entry of a checkpoint.
+KEY = "benchmarl_trust_guard"
 
 
 class FiniteGuard(Callback):
@@ -30,19 +31,26 @@ class FiniteGuard(Callback):
     collected batch raises a ``ValueError`` before any group is trained on it. Actions, log-probs and rewards of agents
     that ``(group, "mask")`` marks as absent are not looked at.
 
-    Numerics: BenchMARL's loop steps on any gradient. A pre-step hook on every optimizer of the experiment removes a
-    gradient whose norm is not finite, so that the step changes neither parameters nor optimizer state. Dropped steps
-    are logged as ``train/{group}/skipped_steps``; ``PATIENCE`` iterations in a row with one end the run with a
-    ``RuntimeError``.
+    Numerics: BenchMARL's loop steps on any gradient. A pre-step hook on every optimizer that it steps removes a
+    gradient whose norm is not finite, so that the step changes neither parameters nor optimizer state. That includes
+    finite entries so large that their norm overflows: clipped by it they would be zeros, on which Adam goes on by its
+    momentum; so a hook on every parameter makes such a gradient NaN before it is clipped.
+
+    Dropped steps are logged as ``train/{group}/skipped_steps`` once the iteration's last group is trained, since a
+    policy phase may be of several groups; ``PATIENCE`` iterations in a row with one end the run with a
+    ``RuntimeError``. Checkpoints hold how many there are so far, so that a resumed run counts on.
 
     Attributes:
         skipped (Counter): dropped steps of the current iteration by group; a policy phase adds its own.
+        policy_phase (dict of set of str): by group the names of the optimizers that a policy phase steps by itself, and
+            whose steps it sees to; named before ``on_setup``. All others are the guard's.
         checks (list of callable): further checks of the collected batch.
     """
 
     def __init__(self):
         super().__init__()
         self.skipped: Counter = Counter()
+        self.policy_phase: defaultdict[str, set[str]] = defaultdict(set)
         self.checks: list[Callable[[TensorDictBase], None]] = []
         self._streak: Counter = Counter()
 
@@ -60,13 +68,14 @@ class FiniteGuard(Callback):
             policy.register_forward_pre_hook(_check_policy_input)
         for group, optimizers in self.experiment.optimizers.items():
             for name, optimizer in optimizers.items():
-                if name.startswith(POLICY_PHASE):
+                if name in self.policy_phase[group]:
                     continue
                 optimizer.register_step_pre_hook(partial(self._drop_nonfinite_gradient, group))
-                if not self.experiment.config.clip_grad_norm:  # clipping by value would make an infinity finite
-                    for parameter_group in optimizer.param_groups:
-                        for parameter in parameter_group["params"]:
-                            parameter.register_post_accumulate_grad_hook(_infinity_to_nan)
+                # Clipping comes before the step: by value it would make an infinity finite, by norm all of it zero.
+                parameters = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
+                for parameter in parameters:
+                    limit = _norm_limit(parameter.dtype, len(parameters))
+                    parameter.register_post_accumulate_grad_hook(partial(_nan_beyond, limit))
 
     def on_batch_collected(self, batch: TensorDictBase) -> None:
         """Raise if the batch is not finite, or if a check that an algorithm has added fails."""
@@ -95,16 +104,32 @@ class FiniteGuard(Callback):
         )
 
     def on_train_end(self, training_td: TensorDictBase, group: str) -> None:
-        """Log the dropped steps of this iteration; stop after too many such iterations."""
-        skipped = self.skipped.pop(group, 0)
-        self.experiment.logger.log({f"train/{group}/skipped_steps": skipped}, step=self.experiment.n_iters_performed)
-        self._streak[group] = self._streak[group] + 1 if skipped else 0
-        if self._streak[group] >= PATIENCE:
-            raise RuntimeError(
-                f"Group {group}: non-finite losses or gradients in {PATIENCE} iterations in a row ({skipped} steps "
-                "dropped in the last). The parameters are finite; lower experiment.lr or look at the scale of the "
-                "rewards. " + last_checkpoint(self.experiment)
-            )
+        """With the iteration's last group, log the dropped steps of all; stop after too many such iterations."""
+        groups = list(self.experiment.train_group_map)
+        if group != groups[-1]:
+            return
+        skipped = {name: self.skipped.pop(name, 0) for name in groups}
+        self.experiment.logger.log(
+            {f"train/{name}/skipped_steps": count for name, count in skipped.items()},
+            step=self.experiment.n_iters_performed,
+        )
+        for name, count in skipped.items():
+            self._streak[name] = self._streak[name] + 1 if count else 0
+        for name, count in skipped.items():
+            if self._streak[name] >= PATIENCE:
+                raise RuntimeError(
+                    f"Group {name}: non-finite losses or gradients in {PATIENCE} iterations in a row ({count} steps "
+                    "dropped in the last). The parameters are finite; lower experiment.lr or look at the scale of the "
+                    "rewards. " + last_checkpoint(self.experiment)
+                )
+
+    def on_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Add how many iterations in a row had dropped steps, by group."""
+        state_dict[KEY] = {"streak": dict(self._streak)}
+
+    def on_load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Count on from there; a checkpoint without our entry counts from zero."""
+        self._streak = Counter(state_dict.get(KEY, {}).get("streak", {}))
 
     def _drop_nonfinite_gradient(self, group: str, optimizer, args, kwargs) -> None:
         parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
@@ -172,8 +197,21 @@ def _nonfinite(batch: TensorDictBase, key: str | tuple, value: Tensor) -> Tensor
     return bad & mask.reshape(*mask.shape, *[1] * (bad.ndim - mask.ndim))
 
 
-def _infinity_to_nan(parameter: torch.nn.Parameter) -> None:
-    parameter.grad.masked_fill_(~parameter.grad.isfinite(), torch.nan)
+def _norm_limit(dtype: torch.dtype, tensors: int) -> float:
+    """The largest norm L of one tensor's gradient with which the norm over n tensors cannot overflow.
+
+    That norm is the root of a sum of squares, at most n L², which must stay below the largest number of the type that
+    it is summed in (float32 for the half ones), as √n L must in the type itself. Half of the L that reaches it leaves
+    room for rounding. In float32 L is 2e18 for 20 tensors.
+    """
+    summed = torch.finfo(torch.promote_types(dtype, torch.float32)).max
+    return 0.5 * min(math.sqrt(summed), torch.finfo(dtype).max) / math.sqrt(tensors)
+
+
+def _nan_beyond(limit: float, parameter: torch.nn.Parameter) -> None:
+    """Make a gradient NaN whose norm is not finite or above the limit; the host waits for nothing."""
+    norm = torch.linalg.vector_norm(parameter.grad)
+    parameter.grad.masked_fill_(~(norm <= limit), torch.nan)
 
 
 def _path(key: str | tuple) -> tuple:

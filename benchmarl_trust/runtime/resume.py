@@ -21,6 +21,9 @@ class ResumeState(Callback):
     After a restore the same next batch gives, bit for bit, the parameters that it would have given without the
     interruption. (Environments start anew, as in BenchMARL, so the next batch itself differs.)
 
+    Learning rates that a schedule has changed come back too. A run that is resumed with another ``experiment.lr`` keeps
+    that one; all other settings of the optimizers are always those of the running experiment.
+
     BenchMARL writes the report of a resumed run anew; with what is restored here it has the evaluations before too.
 
     ``Experiment.run`` seeds the global generators afresh before it collects, so their states are set once on loading
@@ -28,11 +31,14 @@ class ResumeState(Callback):
 
     Attributes:
         generators (list of torch.Generator): further generators to save, those of the algorithms.
+        batch_shapes (dict of list of int): [environments, steps] of the batches that a group's buffer keeps from one
+            iteration to the next; empty where none does.
     """
 
     def __init__(self):
         super().__init__()
         self.generators: list[torch.Generator] = []
+        self.batch_shapes: dict[str, list[int]] = {}
         self._random_state: dict[str, Any] | None = None
 
     @classmethod
@@ -47,6 +53,8 @@ class ResumeState(Callback):
                 group: {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
                 for group, optimizers in self.experiment.optimizers.items()
             },
+            "lr": self.experiment.config.lr,
+            "batch_shapes": dict(self.batch_shapes),
             "generators": [[generator.device.type, generator.get_state()] for generator in self.generators],
             "random": _random_state(),
             "report": copy.deepcopy(self._report()),
@@ -57,11 +65,13 @@ class ResumeState(Callback):
         algorithms' generators start anew.
 
         Raises:
-            ValueError: if the checkpoint is of an algorithm with other optimizers.
+            ValueError: if the checkpoint is of an algorithm with other optimizers, or has batches of another shape.
         """
         state = state_dict.get(KEY)
         if state is None:
             return
+        self._check_batch_shapes(state_dict, state.get("batch_shapes", {}))
+        same_lr = state.get("lr") == self.experiment.config.lr
         for group, optimizers in state["optimizers"].items():
             current = self.experiment.optimizers[group]
             if optimizers.keys() != current.keys():
@@ -70,7 +80,7 @@ class ResumeState(Callback):
                     f"has the optimizers {list(optimizers)}, this experiment has {list(current)}."
                 )
             for name, optimizer_state in optimizers.items():
-                _load(current[name], optimizer_state)
+                _load(current[name], optimizer_state, same_lr)
         for generator, (device, generator_state) in zip(self.generators, state["generators"], strict=True):
             if generator.device.type == device:
                 generator.set_state(generator_state.cpu())
@@ -83,6 +93,19 @@ class ResumeState(Callback):
         if self._random_state is not None:
             _set_random_state(self._random_state)
             self._random_state = None
+
+    def _check_batch_shapes(self, state_dict: dict[str, Any], saved: dict[str, list[int]]) -> None:
+        """Kept batches lie flat in a buffer: cut to another length they would be trajectories that never were."""
+        for group, new in self.batch_shapes.items():
+            old = saved.get(group, new)
+            if old != new and state_dict.get(f"buffer_{group}") is not None:  # an empty one is saved as None
+                raise ValueError(
+                    f"The checkpoint keeps batches of {old[0]} environments and {old[1]} steps for group {group}; this "
+                    f"experiment collects {new[0]} environments and {new[1]} steps "
+                    "(experiment.on_policy_n_envs_per_worker, experiment.on_policy_collected_frames_per_batch). Resume "
+                    f"with {old[0]} environments and {old[0] * old[1]} frames, or save checkpoints without their "
+                    "buffers (experiment.exclude_buffer_from_checkpoint=True)."
+                )
 
     def _report(self) -> dict[str, Any]:
         """The evaluations in BenchMARL's JSON report, by step."""
@@ -112,10 +135,14 @@ class LatestCheckpoint(Callback):
             os.replace(part, folder / "latest.pt")
 
 
-def _load(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Restore the moments. The settings stay those of the running experiment, which may resume with another lr."""
+def _load(optimizer: torch.optim.Optimizer, saved: dict[str, Any], with_lr: bool) -> None:
+    """Restore the moments, and the learning rates if asked for. The other settings stay those of this experiment."""
+    restored = ("fused", "lr") if with_lr else ("fused",)
     current = optimizer.state_dict()["param_groups"]
-    groups = [{**new, "fused": old.get("fused")} for new, old in zip(current, saved["param_groups"], strict=True)]
+    groups = [
+        {**new, **{key: old.get(key) for key in restored}}
+        for new, old in zip(current, saved["param_groups"], strict=True)
+    ]
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 

@@ -6,11 +6,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from benchmarl.environments import VmasTask
 from benchmarl.experiment import Experiment
 from cases import CASES, MAIN
 
-from benchmarl_trust import HappoConfig, MarsConfig
-from benchmarl_trust.algorithms.resume import KEY
+from benchmarl_trust import GpaeConfig, HappoConfig, MarsConfig
+from benchmarl_trust.runtime.resume import KEY
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
 
@@ -82,6 +83,138 @@ def test_resuming_with_another_learning_rate(case, make_experiment):
     for optimizer in again.optimizers["agents"].values():
         assert optimizer.param_groups[0]["lr"] == 5e-6
         assert optimizer.param_groups[0]["eps"] == 1e-3
+
+
+def learning_rates(experiment):
+    return {
+        name: optimizer.param_groups[0]["lr"]
+        for optimizers in experiment.optimizers.values()
+        for name, optimizer in optimizers.items()
+    }
+
+
+def scheduled(experiment):
+    """Change the rates as a schedule would, each optimizer's to another one."""
+    for optimizers in experiment.optimizers.values():
+        for i, optimizer in enumerate(optimizers.values()):
+            optimizer.param_groups[0]["lr"] /= 2 + i
+    return learning_rates(experiment)
+
+
+@all_cases
+def test_scheduled_learning_rates_come_back(case, make_experiment, tmp_path):
+    one = make_experiment(case.config(), adam_eps=1e-6)
+    batch = next(iter(one.collector))
+    rates = scheduled(one)
+    assert max(rates.values()) == 5e-4
+    assert len(set(rates.values())) == len(rates)
+    torch.save(one.state_dict(), tmp_path / "state.pt")
+    again = make_experiment(case.config(), adam_eps=1e-3, seed=3)
+    assert set(learning_rates(again).values()) == {1e-3}
+    again.load_state_dict(torch.load(tmp_path / "state.pt"))  # weights_only, as BenchMARL loads it
+    assert learning_rates(again) == rates
+    assert {o.param_groups[0]["eps"] for o in again.optimizers["agents"].values()} == {1e-3}
+    train(again, batch)
+    assert learning_rates(again) == rates
+
+
+@all_cases
+def test_another_learning_rate_of_the_user_holds_against_a_schedule(case, make_experiment):
+    one = make_experiment(case.config())
+    scheduled(one)
+    state = one.state_dict()
+    again = make_experiment(case.config(), lr=5e-6)
+    again.load_state_dict(state)
+    assert set(learning_rates(again).values()) == {5e-6}
+
+
+def test_rates_of_a_checkpoint_that_does_not_say_its_lr_are_the_configurations(make_experiment):
+    one = make_experiment(HappoConfig.get_from_yaml())
+    scheduled(one)
+    state = one.state_dict()
+    del state[KEY]["lr"]
+    again = make_experiment(HappoConfig.get_from_yaml())
+    again.load_state_dict(state)
+    assert set(learning_rates(again).values()) == {1e-3}
+
+
+def gpae(n_rollouts=2):
+    config = GpaeConfig.get_from_yaml()
+    config.n_rollouts = n_rollouts
+    return config
+
+
+SHAPES = {  # environments, frames
+    "as many frames": (8, 40),
+    "more environments": (8, 80),
+    "longer": (4, 80),
+    "shorter": (4, 20),
+}
+
+
+def of_shape(shape):
+    return {"on_policy_n_envs_per_worker": shape[0], "on_policy_collected_frames_per_batch": shape[1]}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("excluded", [False, True], ids=["with buffers", "without"])
+def test_kept_batches_of_another_shape_are_refused(excluded, shape, make_experiment):
+    """The checkpoint's are of 4 environments and 10 steps; cut to other lengths they would be other trajectories."""
+    from test_smoke import MODELS
+
+    for model in (None, MODELS["gru"]()):
+        settings = {**of_shape((4, 40)), "restore_file": None, "max_n_iters": 2, "model": model, "critic": model}
+        settings |= {"exclude_buffer_from_checkpoint": excluded, "on_policy_minibatch_size": 20}
+        experiment = make_experiment(gpae(), checkpoint_at_end=True, **settings)
+        assert experiment.algorithm.resume_state.batch_shapes == {"agents": [4, 10]}
+        experiment.run()
+        file = experiment.folder_name / "checkpoints" / "checkpoint_80.pt"
+        again = {**settings, "restore_file": str(file), "max_n_iters": 3}
+        resumed = make_experiment(gpae(), **again)
+        assert len(resumed.replay_buffers["agents"]) == (0 if excluded else 8 if model else 80)
+        again |= of_shape(shape)
+        if excluded:
+            resumed = make_experiment(gpae(), **{**again, "max_n_iters": 9})
+            train(resumed, next(iter(resumed.collector)))
+            assert len(resumed.replay_buffers["agents"]) == (shape[0] if model else shape[1])
+            continue
+        with pytest.raises(ValueError, match=r"of 4 environments and 10 steps for group agents") as error:
+            make_experiment(gpae(), **again)
+        assert f"{shape[0]} environments and {shape[1] // shape[0]} steps" in str(error.value)
+        assert "Resume with 4 environments and 40 frames" in str(error.value)
+        for key in (*of_shape(shape), "exclude_buffer_from_checkpoint=True"):
+            assert f"experiment.{key}" in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:frames_per_batch .* is not exactly divisible")
+def test_kept_batches_of_several_groups_are_looked_at(make_experiment):
+    task = VmasTask.SIMPLE_SPEAKER_LISTENER.get_from_yaml()
+    task.config.update(max_steps=5)
+    state = make_experiment(gpae(), task=task, on_policy_collected_frames_per_batch=42).state_dict()
+    assert state[KEY]["batch_shapes"] == {"speaker": [4, 11], "listener": [4, 11]}  # whole steps of all environments
+    again = make_experiment(gpae(), task=task, on_policy_collected_frames_per_batch=40)
+    assert again.algorithm.resume_state.batch_shapes == {"speaker": [4, 10], "listener": [4, 10]}
+    again.load_state_dict(state)  # nothing is kept yet
+    state["buffer_listener"] = state["buffer_speaker"] = {}
+    with pytest.raises(
+        ValueError, match=r"4 environments and 11 steps for group speaker; .* 4 environments and 10 steps"
+    ):
+        again.algorithm.resume_state.on_load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.overrides.get("n_rollouts", 1) == 1], ids=lambda case: case.id
+)
+def test_an_algorithm_that_keeps_no_batch_resumes_with_any_shape(case, make_experiment):
+    one = make_experiment(case.config())
+    assert one.algorithm.resume_state.batch_shapes == {}
+    train(one, next(iter(one.collector)))
+    state = one.state_dict()
+    assert state["buffer_agents"] is not None
+    again = make_experiment(case.config(), on_policy_n_envs_per_worker=8)
+    again.load_state_dict(state)
+    train(again, next(iter(again.collector)))
+    assert all(p.isfinite().all() for p in again.losses["agents"].parameters())
 
 
 def test_a_checkpoint_of_another_kind_of_device_still_loads(make_experiment):
