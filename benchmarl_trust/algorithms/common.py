@@ -49,6 +49,8 @@ class TrustRegion(Mappo):
 
     loss_class = SurrogateLoss
     surrogates: tuple[str, ...] = GAINS
+    #: Whether an agent's advantages may be computed anew when its turn comes.
+    corrects_advantages = False
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ An algorithm has one, named by its key ``estimator``, and asks it for whatever d
 """
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,10 +29,12 @@ from benchmarl_trust import functional as F
 from benchmarl_trust.algorithms.checks import check_choice, check_number, refuse
 from benchmarl_trust.algorithms.metrics import advantage_metrics, each_and_mean, mean_of_each, variance_of_each
 from benchmarl_trust.losses import SurrogateLoss
+from benchmarl_trust.updates import Advantage
 from benchmarl_trust.value import GPAE, CounterfactualCritic
 
 if TYPE_CHECKING:
     from benchmarl_trust.algorithms.common import TrustRegion
+    from benchmarl_trust.algorithms.teams import Teams
 
 #: The name of the counterfactual critic's additional input: who did what.
 TABLE = "joint_action"
@@ -76,6 +79,9 @@ class Gae:
                 "older batches need the ratios of algorithm.estimator=gpae. Take that, or n_rollouts=1.",
             )
 
+    def check_teams(self, teams: "Teams") -> None:
+        """Refuse teams that the estimator has no advantages for."""
+
     def critic(self, group: str) -> TensorDictModule:
         """The value network."""
         return Mappo.get_critic(self.algorithm, group)
@@ -97,6 +103,18 @@ class Gae:
     def columns(self, group: str, batch: TensorDictBase) -> dict[str, Tensor]:
         """What a sequential update must know of each agent's samples beside the advantages, each [*, N]."""
         return {}
+
+    def correction(
+        self, group: str, batch: TensorDictBase, as_used: Callable[[Tensor, Tensor | None], Tensor]
+    ) -> Advantage | None:
+        """What a sequential update asks for each agent's advantages at its turn; None: they stay as they are.
+
+        Args:
+            group (str): the team's only group.
+            batch (TensorDictBase): [B, T], processed; its value targets may still be changed.
+            as_used (callable): makes of advantages [B, T, N, 1] and a mask [B, T, N] those that updates use.
+        """
+        return None
 
     def metrics(self, group: str, batch: TensorDictBase) -> dict[str, Tensor]:
         """What is logged of the advantages, before they are normalised."""
