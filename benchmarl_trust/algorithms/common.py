@@ -22,7 +22,7 @@ from benchmarl_trust.paths import conf_folder
 from benchmarl_trust.runtime import FiniteGuard, LatestCheckpoint, ResumeState
 
 #: The gains that bound the ratio by themselves.
-GAINS = ("clip", "quadratic", "reciprocal", "log")
+GAINS = tuple(name for name in F.SURROGATES if name != "linear")
 
 
 class TrustRegion(Mappo):
