@@ -40,6 +40,11 @@ class Case(NamedTuple):
         return issubclass(ALGORITHMS[self.name].associated_class(), SequentialNatural)
 
     @property
+    def teams(self) -> bool:
+        """Whether agents of several groups can form a team."""
+        return self.sequential and self.config().estimator != "preopc"
+
+    @property
     def logged(self) -> tuple[str, ...]:
         """What is logged for each group."""
         keys = NATURAL if self.natural else SEQUENTIAL if self.sequential else SIMULTANEOUS

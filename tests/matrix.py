@@ -105,7 +105,13 @@ class Row(NamedTuple):
     @property
     def algorithms(self) -> list[str]:
         """The row's columns: MAPPO, to compare with, and ours; in a row with teams, those of ours that have teams."""
-        return [name for name in COLUMNS if name == "mappo" or not self.teams or hasattr(ALGORITHMS[name], "teams")]
+        return [name for name in COLUMNS if name == "mappo" or not self.teams or takes_teams(name)]
+
+
+def takes_teams(algorithm: str) -> bool:
+    """Whether agents of several groups can form one of its teams."""
+    config = ALGORITHMS[algorithm].get_from_yaml()
+    return hasattr(config, "teams") and config.estimator != "preopc"
 
 
 def cut(task: TaskClass) -> TaskClass:

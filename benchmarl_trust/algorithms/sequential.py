@@ -214,7 +214,12 @@ class Sequential(TrustRegion):
             mine = range(first, first + len(self.group_map[group]))
             first = mine.stop
             turns = [[info for info in infos if info.agent == k] for k in mine]
-            single = [self._agent_metrics(agents[k], own, chunk) for k, own in zip(mine, turns, strict=True)]
+            # A separate policy is as its turn has left it; a shared one has gone on since, and on other rows.
+            outputs = [
+                forward(agents[k], agents[k].data, chunk) if self._is_shared(team) else own[-1].outputs
+                for k, own in zip(mine, turns, strict=True)
+            ]
+            single = [self._agent_metrics(agents[k], *of) for k, *of in zip(mine, outputs, turns, strict=True)]
             for name in single[0]:
                 metrics |= each_and_mean(f"{group}/policy/{name}", [values[name] for values in single])
             metrics[f"{group}/skipped"] = torch.stack([~info.finite for own in turns for info in own]).sum()
@@ -240,18 +245,11 @@ class Sequential(TrustRegion):
         metrics[name] = torch.stack([metrics[f"{name}_position_{k}"] for k in range(n_agents)]).mean()
         return metrics
 
-    def _agent_metrics(self, agent: Agent, own: list[PositionInfo], chunk: int | None) -> dict[str, Tensor]:
+    def _agent_metrics(self, agent: Agent, outputs: tuple[Tensor, ...], turns: list[PositionInfo]) -> dict[str, Tensor]:
         """What is logged of an agent: its policy as the iteration leaves it, and means over its steps."""
-        # A separate policy is as its turn has left it; a shared one has gone on since, and on other rows.
-        outputs = own[-1].outputs or forward(agent, agent.data, chunk)
-        metrics = self._policy_metrics(agent, outputs)
-        for name in own[0].step._fields:
-            metrics[name] = torch.stack([getattr(info.step, name) for info in own]).mean()
-        return metrics
-
-    def _policy_metrics(self, agent: Agent, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """Of an agent's policy, given its distribution's parameters."""
-        return {
+        steps = zip(*(info.step for info in turns), strict=True)
+        means = {name: torch.stack(values).mean() for name, values in zip(turns[0].step._fields, steps, strict=True)}
+        return means | {
             "kl": kl_of(agent.policy, old_outputs(agent.data), outputs, agent.data),
             "entropy": F.masked_mean(agent.policy.entropy(outputs), agent.data.get("mask", None)),
         }

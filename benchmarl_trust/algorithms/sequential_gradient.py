@@ -123,7 +123,7 @@ class SequentialGradient(Sequential):
             return self.minibatch_frames
         return -(-self.minibatch_frames // agents[0].data.shape[1])
 
-    def _policy_metrics(self, agent: Agent, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    def _agent_metrics(self, agent: Agent, outputs: tuple[Tensor, ...], turns: list[PositionInfo]) -> dict[str, Tensor]:
         log_ratio, mask = log_ratio_of(agent.policy, outputs, agent.data), agent.data.get("mask", None)
 
         def share_outside(surrogate: str) -> Tensor:
@@ -131,7 +131,7 @@ class SequentialGradient(Sequential):
             return F.masked_mean(((log_ratio < low) | (log_ratio > high)).to(log_ratio.dtype), mask)
 
         shares = {"clip_fraction": share_outside("clip"), "outside_fraction": share_outside(self.surrogate)}
-        return super()._policy_metrics(agent, outputs) | shares
+        return super()._agent_metrics(agent, outputs, turns) | shares
 
 
 @dataclass

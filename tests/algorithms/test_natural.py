@@ -15,6 +15,7 @@ from benchmarl_trust import (
     HatrpoGConfig,
     HatrpoWConfig,
 )
+from benchmarl_trust.policy import forward, kl_of, old_outputs
 from benchmarl_trust.updates import NaturalGradient
 
 NATURAL = ["hatrpo", "cliphatrpo", "hatrpow", "hatrpog"]
@@ -194,6 +195,19 @@ def test_an_allocation_makes_hatrpo_the_preset_bit_for_bit(allocation, preset, s
     other = run(configured(preset), share_policy_params=share)
     for p, q in zip(one.losses["agents"].parameters(), other.losses["agents"].parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("name", ["hatrpo", "hatrpog"])
+def test_logs_of_a_shared_policy_are_of_its_final_state(name, make_experiment):
+    """Later turns have moved it on since an agent's own."""
+    experiment = make_experiment(ALGORITHMS[name].get_from_yaml(), share_policy_params=True, max_n_iters=1)
+    kept, original = {}, experiment.algorithm._agents
+    experiment.algorithm._agents = lambda team: kept.setdefault("agents", original(team))
+    experiment.run()
+    logged = scalars(experiment)
+    for i, agent in enumerate(kept["agents"]):
+        kl = kl_of(agent.policy, old_outputs(agent.data), forward(agent, agent.data), agent.data)
+        assert logged[f"train_agents_policy_kl_agent_{i}"] == [pytest.approx(kl.item(), rel=1e-4)]
 
 
 class SpoilActions(Callback):

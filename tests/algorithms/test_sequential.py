@@ -20,6 +20,9 @@ from benchmarl_trust.algorithms import sequential_gradient as sequential_module
 sequential = pytest.mark.parametrize(
     "case", [case for case in CASES if case.sequential], ids=[case.id for case in CASES if case.sequential]
 )
+in_teams = pytest.mark.parametrize(
+    "case", [case for case in CASES if case.teams], ids=[case.id for case in CASES if case.teams]
+)
 
 
 def happo(config=HappoConfig, **settings):
@@ -215,7 +218,7 @@ class Freeze(Callback):
 
 
 class TestTeams:
-    @sequential
+    @in_teams
     def test_the_factor_crosses_groups(self, case, run):
         experiment = run(case.config(teams=[["speaker", "listener"]]), task=speaker_listener(), max_n_iters=6)
         logged = scalars(experiment)
@@ -231,7 +234,7 @@ class TestTeams:
             assert len(logged[f"train_{group}_policy_kl_agent_0"]) == 6
             assert set(logged[f"train_{group}_skipped_steps"]) == {0}
 
-    @sequential
+    @in_teams
     def test_agents_that_are_absent_leave_the_factor_alone(self, case, make_experiment):
         """The second worker is gone in three steps of five: its ratio, by which M is multiplied, is 1 there."""
         experiment = make_experiment(case.config(teams=[["scout", "workers"]]), task=CrewTask(), max_n_iters=3)
@@ -258,7 +261,7 @@ class TestTeams:
         for group in ("scout", "workers"):
             assert set(logged[f"train_{group}_skipped_steps"]) == {0}
 
-    @sequential
+    @in_teams
     def test_an_adversary_outside_the_team_is_a_team_of_its_own(self, case, make_experiment):
         """In simple_crypto alice and bob have one reward and eve another; a callback freezes eve."""
         experiment = make_experiment(

@@ -19,7 +19,7 @@ from benchmarl_trust.runtime.guard import KEY, _norm_limit
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
 sequential_cases = pytest.mark.parametrize(
-    "case", [case for case in MAIN if case.sequential], ids=[case.id for case in MAIN if case.sequential]
+    "case", [case for case in MAIN if case.teams], ids=[case.id for case in MAIN if case.teams]
 )
 
 
