@@ -4,7 +4,6 @@ import pytest
 import torch
 from benchmarl.algorithms import EnsembleAlgorithmConfig
 from benchmarl.environments import VmasTask
-from benchmarl.experiment import Callback
 from conftest import policy_parameters, scalars
 from test_smoke import MODELS
 
@@ -208,22 +207,3 @@ def test_logs_of_a_shared_policy_are_of_its_final_state(name, make_experiment):
     for i, agent in enumerate(kept["agents"]):
         kl = kl_of(agent.policy, old_outputs(agent.data), forward(agent, agent.data), agent.data)
         assert logged[f"train_agents_policy_kl_agent_{i}"] == [pytest.approx(kl.item(), rel=1e-4)]
-
-
-class SpoilActions(Callback):
-    """Actions of absent agents are NaN, as an environment may leave them."""
-
-    def on_batch_collected(self, batch):
-        absent = torch.zeros(batch["agents", "action"].shape[:-1], dtype=torch.bool)
-        absent[:, ::2, 1] = True
-        batch["agents", "mask"] = ~absent
-        batch["agents", "action"][absent] = torch.nan
-        batch["agents", "log_prob"][absent] = torch.nan
-
-
-@pytest.mark.parametrize("name", ["happo", *NATURAL])
-def test_what_absent_agents_did_does_not_matter(name, run):
-    experiment = run(ALGORITHMS[name].get_from_yaml(), callbacks=[SpoilActions()])
-    logged = scalars(experiment)
-    assert set(logged["train_agents_skipped_steps"]) == {0}
-    assert all(value > 0 for value in logged["train_agents_policy_kl_agent_1"])
