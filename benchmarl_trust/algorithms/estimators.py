@@ -100,6 +100,10 @@ class Gae:
         """The batches to train on: this one."""
         return batch
 
+    def mask(self, group: str, batch: TensorDictBase) -> Tensor | None:
+        """Which samples count, [*, N]: those of agents that are present; None for all."""
+        return batch.get((group, "mask"), None)
+
     def columns(self, group: str, batch: TensorDictBase) -> dict[str, Tensor]:
         """What a sequential update must know of each agent's samples beside the advantages, each [*, N]."""
         return {}
@@ -254,13 +258,16 @@ class Gpae(Gae):
         buffer.empty()
         return batch
 
+    def mask(self, group: str, batch: TensorDictBase) -> Tensor | None:
+        """With older data, the samples that have a finite ratio too."""
+        return batch[group, "valid"] if self.off_policy else super().mask(group, batch)
+
     def columns(self, group: str, batch: TensorDictBase) -> dict[str, Tensor]:
-        """With older data, its ratios to the policy of the iteration's start, and whose are finite."""
+        """With older data, its ratios to the policy of the iteration's start."""
         if not self.off_policy:
             return {}
-        valid = batch[group, "valid"]
-        log_importance = F.log_ratio(batch[group, "old_log_prob"], batch[group, "log_prob"], valid)
-        return {"log_importance": log_importance, "mask": valid}
+        old, collected = batch[group, "old_log_prob"], batch[group, "log_prob"]
+        return {"log_importance": F.log_ratio(old, collected, self.mask(group, batch))}
 
     @torch.no_grad()
     def metrics(self, group: str, batch: TensorDictBase) -> dict[str, Tensor]:

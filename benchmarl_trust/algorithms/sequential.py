@@ -169,18 +169,18 @@ class Sequential(TrustRegion):
             columns = self.estimator.columns(group, batch)
             if self.order == "semi_greedy":
                 columns["value"] = batch[group, "state_value"].squeeze(-1)
-            mask = columns.pop("mask", batch.get((group, "mask"), None))
             policy, optimizers = self._policies[group], self._optimizers(group)
+            mask = self.estimator.mask(group, batch)
             agents += policy.make_agents(batch, advantages[..., mine], mask, optimizers, **columns)
         return agents
 
     def _advantages(self, batches: dict[str, TensorDictBase]) -> Tensor:
         """The advantages of all agents of the team, [*, N, 1]."""
         advantage = torch.cat([batch[group, "advantage"] for group, batch in batches.items()], -2)
-        masks = [
-            batch.get((group, "mask"), torch.ones_like(batch[group, "advantage"][..., 0], dtype=torch.bool))
-            for group, batch in batches.items()
-        ]
+        masks = []
+        for group, batch in batches.items():
+            mask = self.estimator.mask(group, batch)
+            masks.append(torch.ones_like(batch[group, "advantage"][..., 0], dtype=torch.bool) if mask is None else mask)
         return self._as_used(advantage, torch.cat(masks, -1))
 
     def _as_used(self, advantage: Tensor, mask: Tensor | None) -> Tensor:

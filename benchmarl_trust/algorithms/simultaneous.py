@@ -49,9 +49,8 @@ class Simultaneous(TrustRegion):
         """
         newest = batch.shape[0]
         batch = super().process_batch(group, batch)
-        advantage = F.normalize_advantage(
-            batch[group, "advantage"], self.normalize_advantage, batch.get((group, "mask"), None)
-        )
+        mask = self.estimator.mask(group, batch)
+        advantage = F.normalize_advantage(batch[group, "advantage"], self.normalize_advantage, mask)
         batch.set((group, "advantage"), advantage)
         if self.model_config.is_rnn:
             loss, _ = self.get_loss_and_updater(group)

@@ -163,6 +163,23 @@ def test_statistics_leave_absent_agents_out():
         assert out[key].item() == pytest.approx(value), key
 
 
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_effective_sample_size_without_a_dimension_of_agents(shape):
+    actor, critic = networks("categorical")
+    batch = batch_for(actor, shape).select("observation")
+    batch["observation"] = batch["observation"][..., 0, :]
+    with torch.no_grad():
+        actor(batch)
+    x = 0.5 * torch.randn(shape, dtype=torch.float64)
+    batch["log_prob"] = batch["log_prob"] - x
+    batch["advantage"] = batch["value_target"] = torch.ones(*shape, 1, dtype=torch.float64)
+    batch["mask"] = torch.rand(shape) < 0.7
+    for td, log_weight in ((batch.exclude("mask"), x), (batch, x[batch["mask"]])):
+        weight = log_weight.exp()
+        expected = weight.sum().square() / weight.square().sum() / weight.numel()
+        torch.testing.assert_close(surrogate_loss(actor, critic)(td)["ESS"], expected)
+
+
 def test_the_factor_weighs_each_step():
     actor, critic = networks("categorical")
     batch = batch_for(actor)
