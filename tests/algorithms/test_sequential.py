@@ -410,6 +410,30 @@ def test_logs_of_a_shared_policy_are_of_its_final_state(make_experiment):
         assert logged[f"train_agents_policy_clip_fraction_agent_{i}"] == [pytest.approx(outside, abs=1e-6)]
 
 
+def scalars_only(value):
+    """Whether no tensor in it, however deep, has more than one entry, or the memory of more."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and value.untyped_storage().nbytes() <= 8
+    return all(map(scalars_only, value)) if isinstance(value, tuple) else True
+
+
+@pytest.mark.parametrize("name", ["happo", "cliphappo"])
+def test_a_shared_policy_keeps_no_outputs_of_its_minibatches(name, make_experiment):
+    """There is a turn of every agent in every minibatch: memory would grow with epochs, frames and agents."""
+    experiment = make_experiment(ALGORITHMS[name].get_from_yaml(), share_policy_params=True, max_n_iters=1)
+    algorithm, seen = experiment.algorithm, []
+    log = algorithm._log
+
+    def spy(team, agents, infos, chunk):
+        seen.extend(infos)
+        log(team, agents, infos, chunk)
+
+    algorithm._log = spy
+    experiment.run()
+    assert len(seen) == 2 * 2 * 3  # epochs, minibatches, agents
+    assert all(map(scalars_only, seen))
+
+
 class TestSharing:
     def test_a_shared_policy_warns_once_with_the_cure(self, make_experiment):
         with pytest.warns(UserWarning, match="experiment.share_policy_params=False") as record:

@@ -6,6 +6,7 @@ from tensordict import TensorDict
 from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
 from tensordict.nn.distributions import NormalParamExtractor
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.modules import MaskedCategorical, TanhNormal
 from torchrl.objectives import ClipPPOLoss
 
@@ -151,6 +152,36 @@ def test_two_epsilons():
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=0)
     as_list = surrogate_loss(actor, critic, "quadratic", epsilon=[0.1, 0.3])(batch)["loss_objective"]
     assert torch.equal(as_list, out)
+
+
+class FromHost(TorchDispatchMode):
+    """Counts the operations that make a tensor of the host's data, or a number of a tensor's."""
+
+    NAMES = ("lift_fresh", "_to_copy", "scalar_tensor", "_local_scalar_dense", "copy_")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in self.NAMES
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_a_pair_of_epsilons_copies_nothing_from_the_host(surrogate):
+    """In every minibatch, that is: a copy would wait on a GPU."""
+    actor, critic = networks("categorical")
+    batch, counts = batch_for(actor), {}
+    for epsilon in (0.2, (0.1, 0.2)):
+        loss = surrogate_loss(actor, critic, surrogate, epsilon=epsilon)
+        with FromHost() as mode:
+            loss(batch)["loss_objective"].backward()
+        counts[epsilon] = mode.count
+    assert counts[0.1, 0.2] == counts[0.2]
+    with FromHost() as mode:
+        torch.tensor(0.1)
+        assert mode.count == 1
 
 
 def test_statistics_leave_absent_agents_out():
