@@ -8,13 +8,14 @@ import pytest
 import torch
 from benchmarl.environments import VmasTask
 from benchmarl.experiment import Callback
-from cases import CASES
+from cases import CASES, by_family
 from conftest import policy_parameters, scalars
 from environments import StandInTask
 
 from benchmarl_trust import MarsConfig
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
+family_cases = pytest.mark.parametrize("case", by_family(CASES))
 
 
 class Spoil(Callback):
@@ -52,7 +53,7 @@ def speaker_listener():
     return task
 
 
-@all_cases
+@family_cases
 def test_bad_data_is_refused_before_any_group_trains(case, make_experiment):
     key = ("next", "listener", "reward")
     spoil = Spoil(key, float("nan"))
@@ -120,7 +121,7 @@ def break_loss(experiment, group, name, iterations):
     algorithm.process_loss_vals = process_loss_vals
 
 
-@all_cases
+@family_cases
 @pytest.mark.parametrize("name", ["loss_objective", "loss_critic"])
 def test_a_bad_step_changes_nothing_and_is_counted(case, name, make_experiment):
     if case.sequential and name == "loss_objective":

@@ -13,6 +13,8 @@ from benchmarl_trust import HappoConfig, MarsConfig
 from benchmarl_trust.algorithms.resume import KEY
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
+#: Natural steps through recurrent policies take three to five seconds here.
+RECURRENT = ("mars", "cliphappo", "gpae-3-reciprocal")
 
 
 def train(experiment, batch):
@@ -34,8 +36,13 @@ def draws():
 
 @pytest.mark.parametrize(
     ("case", "recurrent"),
-    [*((case, False) for case in CASES), *((case, True) for case in MAIN)],
-    ids=[*(f"{case.id}-separate-mlp" for case in CASES), *(f"{case.id}-shared-gru" for case in MAIN)],
+    [
+        *(pytest.param(case, False, id=f"{case.id}-separate-mlp") for case in CASES),
+        *(
+            pytest.param(case, True, id=f"{case.id}-shared-gru", marks=() if case.id in RECURRENT else pytest.mark.slow)
+            for case in MAIN
+        ),
+    ],
 )
 def test_resume_is_exact(case, recurrent, make_experiment, tmp_path):
     from test_smoke import MODELS
