@@ -14,7 +14,6 @@ from environments import StandInTask
 
 from benchmarl_trust import MarsConfig
 
-all_cases = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
 family_cases = pytest.mark.parametrize("case", by_family(CASES))
 
 
@@ -74,7 +73,7 @@ def test_bad_data_is_refused_before_any_group_trains(case, make_experiment):
     ]
 
 
-@all_cases
+@family_cases
 def test_each_kind_of_bad_data_is_refused_by_name(case, make_experiment):
     experiment = make_experiment(case.config(), task=speaker_listener())
     batch = next(iter(experiment.collector))

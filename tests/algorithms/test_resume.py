@@ -7,14 +7,12 @@ import numpy as np
 import pytest
 import torch
 from benchmarl.experiment import Experiment
-from cases import CASES, MAIN
+from cases import CASES, FAMILIES, MAIN
 
 from benchmarl_trust import HappoConfig, MarsConfig
 from benchmarl_trust.algorithms.resume import KEY
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
-#: Natural steps through recurrent policies take three to five seconds here.
-RECURRENT = ("mars", "cliphappo", "gpae-3-reciprocal")
 
 
 def train(experiment, batch):
@@ -34,16 +32,15 @@ def draws():
     return torch.rand(2).tolist(), np.random.rand(2).tolist(), [random.random(), random.gauss(0, 1)]
 
 
-@pytest.mark.parametrize(
-    ("case", "recurrent"),
-    [
-        *(pytest.param(case, False, id=f"{case.id}-separate-mlp") for case in CASES),
-        *(
-            pytest.param(case, True, id=f"{case.id}-shared-gru", marks=() if case.id in RECURRENT else pytest.mark.slow)
-            for case in MAIN
-        ),
-    ],
-)
+def interrupted():
+    """With slow ones beside one of each family; natural steps through recurrent policies take seconds."""
+    for case, recurrent in [*((case, False) for case in CASES), *((case, True) for case in MAIN)]:
+        fast = case.id in FAMILIES and not (case.natural and recurrent)
+        name = f"{case.id}-{'shared-gru' if recurrent else 'separate-mlp'}"
+        yield pytest.param(case, recurrent, id=name, marks=() if fast else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("case", "recurrent"), interrupted())
 def test_resume_is_exact(case, recurrent, make_experiment, tmp_path):
     from test_smoke import MODELS
 
