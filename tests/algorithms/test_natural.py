@@ -40,8 +40,16 @@ def agent_values(logged, key, n=3, group="agents"):
     return list(zip(*(logged[f"train_{group}_policy_{key}_agent_{i}"] for i in range(n)), strict=True))
 
 
-@pytest.mark.parametrize("kl_total", [None, 0.03])
-@pytest.mark.parametrize("share", [True, False], ids=["shared", "separate"])
+@pytest.mark.parametrize(
+    ("share", "kl_total"),
+    [
+        (True, None),
+        (False, 0.03),
+        pytest.param(True, 0.03, marks=pytest.mark.slow),
+        pytest.param(False, None, marks=pytest.mark.slow),
+    ],
+    ids=["shared", "separate-total", "shared-total", "separate"],
+)
 def test_uniform_w_is_bitwise_hatrpo(kl_total, share, run, make_experiment):
     start = policy_parameters(make_experiment(configured(HatrpoConfig), share_policy_params=share))
     hatrpo = run(configured(HatrpoConfig), share_policy_params=share)
