@@ -5,6 +5,7 @@ task included, come together once.
 """
 
 import itertools
+import math
 from typing import NamedTuple
 
 import pytest
@@ -12,10 +13,12 @@ import torch
 from benchmarl.hydra_config import load_algorithm_config_from_hydra
 from benchmarl.models import GruConfig
 from combinations import ALLOCATIONS, ESTIMATORS, FACTORS, SURROGATES, combination, configured, grid
-from conftest import policy_parameters
+from conftest import policy_parameters, scalars
 from environments import StandInTask
 from hydra import compose, initialize_config_module
 from problems import RNN
+
+from benchmarl_trust.algorithms import sequential_gradient
 
 KINDS = {
     "continuous": dict,
@@ -187,6 +190,45 @@ def test_one_agent_in_sequence_with_gpae_is_simultaneous_gpae(surrogate, share, 
     assert any("critic" in name for name in loss)
     for name in loss:
         torch.testing.assert_close(other_loss[name], loss[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "share"), [("discrete", False), ("discrete", True), ("recurrent", False)])
+def test_older_data_in_sequence(kind, share, make_experiment, monkeypatch):
+    """As many optimizer steps as without it; the chain starts where the data was collected."""
+    settings = KINDS[kind]() | {"task": StandInTask(), "share_policy_params": share, "max_n_iters": 3, "lr": 0.01}
+    seen, steps, original = [], [], sequential_gradient.sweep
+
+    def sweep(agents, order, *args, **kwargs):
+        infos = original(agents, order, *args, **kwargs)
+        seen.append((agents, infos))
+        return infos
+
+    monkeypatch.setattr(sequential_gradient, "sweep", sweep)
+    for n_rollouts in (1, 3):
+        seen.clear()
+        experiment = make_experiment(configured("happo", **GPAE, n_rollouts=n_rollouts), **settings)
+        experiment.run()
+        optimizers = experiment.optimizers["agents"]
+        steps.append({name: {int(s["step"]) for s in o.state.values()} for name, o in optimizers.items()})
+    assert steps[0] == steps[1]
+    logged = scalars(experiment)
+    assert all(math.isfinite(value) for values in logged.values() for value in values)
+    assert logged["train_agents_data_age"] == [0, 0.5, 1]
+    assert set(logged["train_agents_skipped_steps"]) == {0}
+
+    agents, infos = seen[-1]
+    kept = experiment.replay_buffers["agents"].storage[:]
+    assert len(kept) == len(agents[0].data) == 3 * (8 if kind == "recurrent" else 40)
+    for agent in agents:
+        i, data = agent.policy.index, agent.data
+        torch.testing.assert_close(data["log_importance"], data["old_log_prob"] - kept["agents", "log_prob"][..., i])
+        assert data["log_importance"].abs().max() > 0.01
+    if not share:  # then the first agent has moved once in the iteration, and its policy is what it was after that
+        data = agents[infos[0].agent].data
+        now = data["old_log_prob"] + infos[0].log_ratio
+        factor = (now - kept["agents", "log_prob"][..., infos[0].agent]).exp()
+        torch.testing.assert_close(infos[1].factor_mean, factor.mean())
+        assert factor.mean() != 1
 
 
 TEAM = {"estimator": "gpae", "advantage": "team"}
