@@ -1,6 +1,6 @@
 # make demo   sets up, trains MARS and MAPPO on vmas/balance, draws their learning curves
 # make test   sets up, runs all tests
-# make matrix runs every algorithm on every task and model, about half an hour; writes docs/matrix.md
+# make matrix runs every algorithm on every task and model, and all combinations of keys; writes docs/matrix.md
 # make lint   ruff check and format check
 PYTHON ?= python3
 VENV ?= .venv
