@@ -35,7 +35,7 @@ from torch.nn.functional import linear
 from benchmarl_trust import ClipHatrpoConfig, HatrpoConfig, HatrpoGConfig, HatrpoWConfig
 from benchmarl_trust import functional as F
 from benchmarl_trust.functional.line_search import KL_SLACK
-from benchmarl_trust.updates import Agent, remember_old_policy
+from benchmarl_trust.policy import Agent, kl_of, remember_old_policy
 from benchmarl_trust.updates.natural import LocalModel
 
 ALGORITHMS = {"hatrpo": HatrpoConfig, "clip": ClipHatrpoConfig, "W": HatrpoWConfig, "G": HatrpoGConfig}
@@ -336,10 +336,9 @@ def print_profile(arguments, synchronize) -> None:
 
 def double_backward(agent):
     """The second derivative of the KL, by differentiating its gradient, whose graph is kept."""
-    model = LocalModel(agent, agent.data)
     with torch.enable_grad():
-        outputs = model.loss.outputs(agent.data)
-        kl = model.loss.kl(tuple(output.detach() for output in outputs), outputs, agent.data)
+        outputs = agent.policy.forward(agent.data["inputs"].copy())
+        kl = kl_of(agent.policy, tuple(output.detach() for output in outputs), outputs, agent.data)
         gradient = agent.policy.gradient(kl, create_graph=True)
     return lambda vector: agent.policy.gradient(gradient, vector, retain_graph=True)
 

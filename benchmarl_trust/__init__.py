@@ -8,6 +8,8 @@ __version__ = "0.1.0"
 
 from benchmarl_trust.algorithms import (
     ALGORITHMS,
+    A2po,
+    A2poConfig,
     ClipHappo,
     ClipHappoConfig,
     ClipHatrpo,
@@ -34,6 +36,8 @@ register()
 
 __all__ = [
     "ALGORITHMS",
+    "A2po",
+    "A2poConfig",
     "ClipHappo",
     "ClipHappoConfig",
     "ClipHatrpo",

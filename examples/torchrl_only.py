@@ -12,7 +12,6 @@ rises, and the mean of M at each position of the order; its expectation is 1.
 import sys
 
 import torch
-from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential
 from torchrl.collectors import Collector
 from torchrl.envs import VmasEnv
@@ -21,7 +20,8 @@ from torchrl.objectives import ValueEstimators
 
 from benchmarl_trust.functional import normalize_advantage
 from benchmarl_trust.losses import SurrogateLoss
-from benchmarl_trust.updates import Agent, GradientStep, GroupPolicy, MinibatchEpochs, remember_old_policy, sweep
+from benchmarl_trust.policy import GroupPolicy, remember_old_policy
+from benchmarl_trust.updates import GradientStep, MinibatchEpochs, sweep
 
 ITERATIONS = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 ENVS, STEPS, EPOCHS, MINIBATCH, LR = 60, 100, 10, 1000, 1e-3
@@ -63,12 +63,10 @@ for iteration, batch in enumerate(Collector(env, policy, frames_per_batch=frames
     with torch.no_grad():
         loss.value_estimator(batch)
     batch = batch.reshape(-1)
-    action, advantage = policies.head.base_action(batch[ACTION]), normalize_advantage(batch[ADVANTAGE], "batch")
-    agents = []
-    for i, (own, optimizer) in enumerate(zip(policies.agents, optimizers, strict=True)):
-        data = {"inputs": own.inputs(batch), "action": action[:, i], "advantage": advantage[:, i, 0]}
-        agents.append(Agent(own, optimizer, TensorDict(data, batch_size=frames)))
-        remember_old_policy(agents[-1])
+    advantage = normalize_advantage(batch[ADVANTAGE], "batch").squeeze(-1)
+    agents = policies.make_agents(batch, advantage, optimizers=optimizers)
+    for agent in agents:
+        remember_old_policy(agent)
     infos = sweep(agents, torch.randperm(n, generator=generator).tolist(), step, factor="full")
     for rows in (rows for _ in range(EPOCHS) for rows in torch.randperm(frames, generator=generator).split(MINIBATCH)):
         critic_optimizer.zero_grad()

@@ -64,6 +64,7 @@ CASES = [
     Case("maspo"),
     Case("happo"),
     Case("cliphappo"),
+    Case("a2po"),
     Case("hatrpo"),
     Case("cliphatrpo"),
     Case("hatrpow"),

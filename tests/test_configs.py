@@ -10,6 +10,8 @@ from cases import CASES
 from hydra import compose, initialize_config_module
 
 from benchmarl_trust import ALGORITHMS, MarsConfig, MaspoConfig, register
+from benchmarl_trust.algorithms.sequential_gradient import SequentialGradientConfig
+from benchmarl_trust.algorithms.sequential_natural import SequentialNaturalConfig
 from benchmarl_trust.paths import conf_folder
 
 names = pytest.mark.parametrize("name", sorted(ALGORITHMS))
@@ -26,7 +28,7 @@ def test_yaml_and_dataclass_have_the_same_keys(name):
 @names
 def test_mappo_keys_and_defaults_are_kept(name):
     ours, mappo = ALGORITHMS[name].get_from_yaml(), MappoConfig.get_from_yaml()
-    other = {"gpae": {"lmbda": 0.95}}.get(name, {})  # its authors'
+    other = {"gpae": {"lmbda": 0.95}, "a2po": {"share_param_critic": False}}.get(name, {})  # their authors'
     for field in fields(MappoConfig):
         key = field.name
         if key == "clip_epsilon":
@@ -34,6 +36,57 @@ def test_mappo_keys_and_defaults_are_kept(name):
                 continue  # its trust region is a bound on the KL
             key = "epsilon"
         assert getattr(ours, key) == other.get(key, getattr(mappo, field.name))
+
+
+#: What makes a preset, and what its authors set otherwise: the values that are not the other presets'.
+OWN = {
+    "maspo": {"surrogate": "quadratic"},
+    "mars": {"surrogate": "reciprocal"},
+    "gpae": {"estimator": "gpae", "normalize_advantage": "batch", "lmbda": 0.95},
+    "cliphappo": {"factor": "capped"},
+    "a2po": {"factor": "inside_clip", "estimator": "preopc", "epsilon_by_position": True, "order": "semi_greedy"},
+    "cliphatrpo": {"factor": "capped"},
+    "hatrpow": {"allocation": "kkt"},
+    "hatrpog": {"allocation": "greedy"},
+}
+OWN["a2po"] |= {"normalize_advantage": "batch", "share_param_critic": False}
+#: Families whose value and words for a key are their own: natural steps have one gain, who moves at once no factor.
+OWN_OF_FAMILY = {"surrogate": "natural", "factor": "simultaneous"}
+HEADS = ("share_param_critic", "entropy_coef")  # below a line about all keys that follow
+
+
+def family(name):
+    kinds = {"natural": SequentialNaturalConfig, "gradient": SequentialGradientConfig}
+    found = [kind for kind, config in kinds.items() if issubclass(ALGORITHMS[name], config)]
+    return found[0] if found else "simultaneous"
+
+
+def words_of_keys(name):
+    """key -> the comment lines right above it."""
+    words, above = {}, []
+    for line in (conf_folder() / "algorithm" / f"{name}.yaml").read_text().splitlines():
+        if line.startswith("#"):
+            above.append(line)
+            continue
+        if ":" in line and not line.startswith(" "):
+            words[line.split(":")[0]] = above
+        above = []
+    return words
+
+
+def test_shared_keys_have_the_same_values_and_words_everywhere():
+    values, words = {}, {}
+    for name, config in ALGORITHMS.items():
+        for key, value in vars(config.get_from_yaml()).items():
+            group = family(name) == OWN_OF_FAMILY.get(key)
+            if key in OWN.get(name, {}):
+                assert value == OWN[name][key], (name, key)
+            else:
+                values.setdefault((key, group), set()).add(str(value))
+            if key not in HEADS:
+                words.setdefault((key, group), set()).add(tuple(words_of_keys(name)[key]))
+    assert {key: found for key, found in values.items() if len(found) > 1} == {}
+    assert {key: found for key, found in words.items() if len(found) > 1} == {}
 
 
 @names

@@ -283,7 +283,7 @@ def test_a_cluster_is_composed():
     assert cfg.hydra.launcher._target_.endswith("SlurmLauncher")
     launcher = cfg.hydra.launcher
     assert (launcher.partition, launcher.timeout_min, launcher.gpus_per_node) == ("gpu", 240, 1)
-    assert cfg.algorithm.clip_epsilon == 0.2
+    assert cfg.algorithm.epsilon == 0.2
 
 
 def test_learning_curves(run, tmp_path, script, load):

@@ -105,7 +105,7 @@ def test_multirun_with_benchmarls_own(tmp_path):
 
 
 def test_sequential_algorithm_with_lists_on_the_command_line(tmp_path):
-    options = ["algorithm.fixed_order=[3,1,0,2]", "algorithm.teams=[[agents]]", "algorithm.actor_epochs=2"]
+    options = ["algorithm.order=[3,1,0,2]", "algorithm.teams=[[agents]]", "algorithm.actor_epochs=2"]
     benchmarl("algorithm=cliphappo", *options, "experiment.share_policy_params=False", *TINY, cwd=tmp_path)
     files = list(tmp_path.rglob("train_agents_policy_order_position_*.csv"))
     orders = {file.stem[-1]: float(file.read_text().split(",")[1]) for file in files}

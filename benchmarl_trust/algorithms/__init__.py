@@ -1,7 +1,7 @@
 """BenchMARL adapters. The presets, one file per family, and what they are made of."""
 
 from benchmarl_trust.algorithms.gpae import Gpae, GpaeConfig
-from benchmarl_trust.algorithms.happo import ClipHappo, ClipHappoConfig, Happo, HappoConfig
+from benchmarl_trust.algorithms.happo import A2po, A2poConfig, ClipHappo, ClipHappoConfig, Happo, HappoConfig
 from benchmarl_trust.algorithms.hatrpo import (
     ClipHatrpo,
     ClipHatrpoConfig,
@@ -20,6 +20,7 @@ ALGORITHMS = {
     "maspo": MaspoConfig,
     "happo": HappoConfig,
     "cliphappo": ClipHappoConfig,
+    "a2po": A2poConfig,
     "hatrpo": HatrpoConfig,
     "cliphatrpo": ClipHatrpoConfig,
     "hatrpow": HatrpoWConfig,
@@ -29,6 +30,8 @@ ALGORITHMS = {
 
 __all__ = [
     "ALGORITHMS",
+    "A2po",
+    "A2poConfig",
     "ClipHappo",
     "ClipHappoConfig",
     "ClipHatrpo",

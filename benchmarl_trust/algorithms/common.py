@@ -22,7 +22,7 @@ from benchmarl_trust.paths import conf_folder
 from benchmarl_trust.runtime import FiniteGuard, LatestCheckpoint, ResumeState
 
 #: The gains that bound the ratio by themselves.
-GAINS = ("clip", "quadratic", "reciprocal", "log")
+GAINS = tuple(name for name in F.SURROGATES if name != "linear")
 
 
 class TrustRegion(Mappo):
@@ -49,6 +49,8 @@ class TrustRegion(Mappo):
 
     loss_class = SurrogateLoss
     surrogates: tuple[str, ...] = GAINS
+    #: Whether an agent's advantages may be computed anew when its turn comes.
+    corrects_advantages = False
 
     def __init__(
         self,

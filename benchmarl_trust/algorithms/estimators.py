@@ -4,6 +4,7 @@ An algorithm has one, named by its key ``estimator``, and asks it for whatever d
 """
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,10 +29,12 @@ from benchmarl_trust import functional as F
 from benchmarl_trust.algorithms.checks import check_choice, check_number, refuse
 from benchmarl_trust.algorithms.metrics import advantage_metrics, each_and_mean, mean_of_each, variance_of_each
 from benchmarl_trust.losses import SurrogateLoss
+from benchmarl_trust.updates import Advantage
 from benchmarl_trust.value import GPAE, CounterfactualCritic
 
 if TYPE_CHECKING:
     from benchmarl_trust.algorithms.common import TrustRegion
+    from benchmarl_trust.algorithms.teams import Teams
 
 #: The name of the counterfactual critic's additional input: who did what.
 TABLE = "joint_action"
@@ -76,6 +79,9 @@ class Gae:
                 "older batches need the ratios of algorithm.estimator=gpae. Take that, or n_rollouts=1.",
             )
 
+    def check_teams(self, teams: "Teams") -> None:
+        """Refuse teams that the estimator has no advantages for."""
+
     def critic(self, group: str) -> TensorDictModule:
         """The value network."""
         return Mappo.get_critic(self.algorithm, group)
@@ -97,6 +103,18 @@ class Gae:
     def columns(self, group: str, batch: TensorDictBase) -> dict[str, Tensor]:
         """What a sequential update must know of each agent's samples beside the advantages, each [*, N]."""
         return {}
+
+    def correction(
+        self, group: str, batch: TensorDictBase, as_used: Callable[[Tensor, Tensor | None], Tensor]
+    ) -> Advantage | None:
+        """What a sequential update asks for each agent's advantages at its turn; None: they stay as they are.
+
+        Args:
+            group (str): the team's only group.
+            batch (TensorDictBase): [B, T], processed; its value targets may still be changed.
+            as_used (callable): makes of advantages [B, T, N, 1] and a mask [B, T, N] those that updates use.
+        """
+        return None
 
     def metrics(self, group: str, batch: TensorDictBase) -> dict[str, Tensor]:
         """What is logged of the advantages, before they are normalised."""
@@ -278,8 +296,69 @@ class Gpae(Gae):
         return metrics
 
 
+class Preopc(Gae):
+    r"""A2PO's preceding-agent off-policy correction (Wang et al., ICLR 2023).
+
+    .. math::
+        A_{i,t} = δ_{i,t} + γ c_{t+1} A_{i,t+1}, \qquad c_t = λ \min(1, M_t), \qquad
+        M_t = \prod_{j \text{ before } i} r_{j,t}
+
+    At an agent's turn the batch is older data for the team that those before it have become: M, the chain itself,
+    truncates the traces. The first agent has GAE(λ). The critic's target of agent i is its corrected return V + A.
+
+    δ comes of GAE's own advantages, δ_t = A_t - γλ A_{t+1} within a trajectory, so the values are those of the start of
+    the iteration (ours: the critic is trained last).
+
+    Source: the authors' code, save for λ, which that multiplies in twice from the second position on, so that M = 1
+    would not give GAE(λ); here it does.
+
+    Args:
+        algorithm (TrustRegion): whose estimator it is.
+        truncation (str), eta (float), n_rollouts (int): of :class:`Gpae`; here only ``n_rollouts=1`` has a meaning.
+    """
+
+    def _check(self) -> None:
+        super()._check()
+        if not self.algorithm.corrects_advantages:
+            refuse(
+                "estimator",
+                "preopc",
+                "it corrects an agent's advantages for those that moved before it, each time anew, which has a meaning "
+                "in sequential gradient steps alone. Take algorithm=a2po or algorithm=happo, or estimator=gae.",
+            )
+
+    def check_teams(self, teams: "Teams") -> None:
+        """Refuse teams over several groups."""
+        if any(len(team) > 1 for team in teams.teams):
+            refuse(
+                "estimator",
+                "preopc",
+                "the critics of a team's earlier groups are trained before the team's policies move, on targets that "
+                "would be corrected too late. Leave algorithm.teams at null, or take estimator=gae.",
+            )
+
+    def correction(
+        self, group: str, batch: TensorDictBase, as_used: Callable[[Tensor, Tensor | None], Tensor]
+    ) -> Advantage:
+        """The corrected advantages of one agent after another. Each call sets that agent's value target too."""
+        gamma, lmbda = self.algorithm.experiment_config.gamma, self.algorithm.lmbda
+        mask, advantage = batch.get((group, "mask"), None), batch[group, "advantage"].squeeze(-1)
+        done, terminated = (batch["next", group, key].squeeze(-1) for key in ("done", "terminated"))
+        delta = F.temporal_difference(advantage, gamma * lmbda, done)
+        zero = torch.zeros_like(delta)
+
+        def advantages_of(i: int, log_factor: Tensor) -> Tensor:
+            trace = lmbda * log_factor.reshape(batch.shape).clamp(max=0).exp().unsqueeze(-1).expand_as(delta)
+            corrected = F.per_agent_advantage(delta, zero, zero, trace, gamma, done, terminated).unsqueeze(-1)
+            target = batch[group, "state_value"] + corrected
+            batch[group, "value_target"][..., i, :] = target[..., i, :]
+            return as_used(corrected, mask)[..., i, 0].reshape(log_factor.shape)
+
+        return advantages_of
+
+
 #: The estimators by the name of the key ``estimator``.
-ESTIMATORS: dict[str, type[Gae]] = {"gae": Gae, "gpae": Gpae}
+ESTIMATORS: dict[str, type[Gae]] = {"gae": Gae, "gpae": Gpae, "preopc": Preopc}
 
 
 def make_estimator(name: str, algorithm: "TrustRegion", truncation: str, eta: float, n_rollouts: int) -> Gae:

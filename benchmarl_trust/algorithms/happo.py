@@ -1,4 +1,4 @@
-"""HAPPO and clip-HAPPO: PPO's clipped objective, one agent after another."""
+"""HAPPO, clip-HAPPO and A2PO: PPO's clipped objective, one agent after another."""
 
 from dataclasses import dataclass
 
@@ -53,3 +53,31 @@ class ClipHappoConfig(SequentialGradientConfig):
     def associated_class() -> type[Algorithm]:
         """:class:`ClipHappo`."""
         return ClipHappo
+
+
+class A2po(SequentialGradient):
+    r"""Agent-by-agent policy optimisation (Wang et al., ICLR 2023).
+
+    .. math:: L_i = \min(r_i g A_i, \mathrm{clip}(r_i g, 1 ± ε_k) A_i), \qquad
+        g = \mathrm{clip}\Big(\prod_{j \text{ before } i} r_j, 1 ± \frac ε2\Big), \qquad
+        ε_k = \fracε2 \Big(1 + \frac kN\Big)
+
+    HAPPO's sweep with four changes: advantages corrected for the agents that moved before
+    (:class:`benchmarl_trust.algorithms.estimators.Preopc`); the factor inside the clip; a radius that grows with the
+    position k of N; an order that alternates the agent with the largest mean \|A / V\| of those left with a random one
+    (:func:`benchmarl_trust.updates.semi_greedy`). The formulas are the authors'; what is done otherwise is said where
+    each of them is.
+
+    Args:
+        **kwargs: those of :class:`~benchmarl_trust.algorithms.sequential_gradient.SequentialGradient`.
+    """
+
+
+@dataclass
+class A2poConfig(SequentialGradientConfig):
+    """Configuration dataclass for :class:`A2po`."""
+
+    @staticmethod
+    def associated_class() -> type[Algorithm]:
+        """:class:`A2po`."""
+        return A2po

@@ -70,6 +70,7 @@ class Sequential(TrustRegion):
             )
         self.advantage = advantage
         self.teams = Teams(teams, self.experiment, self.group_map)
+        self.estimator.check_teams(self.teams)
         self.order = order
         self.generator = torch.Generator(self.device).manual_seed(self.experiment.seed)
         self.resume_state.generators.append(self.generator)
@@ -138,6 +139,8 @@ class Sequential(TrustRegion):
             remember_old_policy(agent, chunk)
         infos = self._sweep(team, agents, self._order(agents))
         self._log(team, agents, infos, chunk)
+        for group in team:
+            self._batches.pop(group)
 
     def _sweep(self, team: list[str], agents: list[Agent], order: list[int] | None) -> list[PositionInfo]:
         """Move the agents; what happened at each position, or at each position of each minibatch."""
@@ -155,7 +158,7 @@ class Sequential(TrustRegion):
         return any(self._policies[group].shared for group in team)
 
     def _agents(self, team: list[str]) -> list[Agent]:
-        batches = {group: self._batches.pop(group) for group in team}
+        batches = {group: self._batches[group] for group in team}
         if not self.has_rnn:
             batches = {group: batch.reshape(-1) for group, batch in batches.items()}
         batches = {group: self.as_sampled(group, batch) for group, batch in batches.items()}

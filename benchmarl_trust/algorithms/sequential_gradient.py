@@ -9,8 +9,8 @@ from torchrl.objectives import LossModule
 from benchmarl_trust import functional as F
 from benchmarl_trust.algorithms.checks import refuse
 from benchmarl_trust.algorithms.sequential import Sequential, SequentialConfig
-from benchmarl_trust.policy import Agent, log_ratio_of
-from benchmarl_trust.updates import GradientStep, MinibatchEpochs, PositionInfo, fused, shuffles, sweep
+from benchmarl_trust.policy import Agent, forward, log_ratio_of
+from benchmarl_trust.updates import Advantage, GradientStep, MinibatchEpochs, PositionInfo, fused, shuffles, sweep
 
 
 class SequentialGradient(Sequential):
@@ -29,6 +29,7 @@ class SequentialGradient(Sequential):
         ValueError: on a bad setting, before anything is collected.
     """
 
+    corrects_advantages = True
     shared_policy_note = (
         "The agents will take turns within each minibatch, and the one network makes as many times more steps than "
         "MAPPO's as there are agents."
@@ -77,20 +78,28 @@ class SequentialGradient(Sequential):
 
     def _sweep(self, team: list[str], agents: list[Agent], order: list[int]) -> list[PositionInfo]:
         chunk, rows = self._chunk(agents), len(agents[0].data) // self.estimator.n_batches(team[0])
+        correction = self.estimator.correction(team[0], self._batches[team[0]], self._as_used)
         if self._is_shared(team):
-            return self._minibatch_sweeps(agents, order, rows)
+            return self._minibatch_sweeps(agents, order, rows, correction)
         step = MinibatchEpochs(self._gradient_step(), self.actor_epochs, chunk, self.generator, rows)
-        return sweep(agents, order, step, self.factor, chunk=chunk, epsilon=self.epsilon[1])
+        return sweep(agents, order, step, self.factor, None, chunk, self.epsilon[1], correction)
 
-    def _minibatch_sweeps(self, agents: list[Agent], order: list[int], rows: int) -> list[PositionInfo]:
+    def _minibatch_sweeps(
+        self, agents: list[Agent], order: list[int], rows: int, correction: Advantage | None
+    ) -> list[PositionInfo]:
         """Shared policies: an update of one agent moves the others, so the sweep runs within each minibatch.
 
         Source: reconstructed after Le & Ta's shared variant, whose running product is never reset; here M starts at 1
-        in every minibatch.
+        in every minibatch. Advantages that are corrected at each turn are corrected here from the second epoch on, once
+        in each, for what all agents have become (ours).
         """
-        infos, step = [], self._gradient_step()
-        for epoch in shuffles(len(agents[0].data), self.actor_epochs, self.generator, rows):
-            for minibatch in epoch.split(self._chunk(agents)):
+        infos, step, chunk = [], self._gradient_step(), self._chunk(agents)
+        for k, epoch in enumerate(shuffles(len(agents[0].data), self.actor_epochs, self.generator, rows)):
+            if correction is not None and k > 0:
+                moved = sum(log_ratio_of(a.policy, forward(a, a.data, chunk), a.data) for a in agents)
+                for i, agent in enumerate(agents):
+                    agent.data["advantage"] = correction(i, moved)
+            for minibatch in epoch.split(chunk):
                 turns = sweep(agents, order, step, self.factor, minibatch, epsilon=self.epsilon[1])
                 # What was computed on these rows is of no use later, and there may be many minibatches.
                 infos += [turn._replace(log_ratio=None, outputs=()) for turn in turns]

@@ -1,6 +1,11 @@
 """Pure tensor functions: the mathematics, with no networks and no TensorDicts. Imports torch only."""
 
-from benchmarl_trust.functional.advantage import NORMALIZATIONS, normalize_advantage, team_advantage
+from benchmarl_trust.functional.advantage import (
+    NORMALIZATIONS,
+    normalize_advantage,
+    team_advantage,
+    temporal_difference,
+)
 from benchmarl_trust.functional.conjugate_gradient import Solution, conjugate_gradient
 from benchmarl_trust.functional.distribution import (
     categorical_entropy,
@@ -84,6 +89,7 @@ __all__ = [
     "squashed_normal_entropy",
     "surrogate_objective",
     "team_advantage",
+    "temporal_difference",
     "trace_coefficient",
     "uniform_budget",
 ]

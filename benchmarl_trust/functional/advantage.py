@@ -49,6 +49,30 @@ def normalize_advantage(advantage: Tensor, over: str, mask: Tensor | None = None
     return (centred / std.clamp(min=1e-6)).to(advantage.dtype)
 
 
+def temporal_difference(advantage: Tensor, decay: float, done: Tensor) -> Tensor:
+    r"""The errors of which GAE's advantages are the sums.
+
+    .. math:: A_t = δ_t + γλ A_{t+1} \quad ⟹ \quad δ_t = A_t - γλ A_{t+1}
+
+    with nothing subtracted where the trajectory or the batch ends.
+
+    Source: Schulman et al. 2016, arXiv 1506.02438, solved for δ.
+
+    Args:
+        advantage (Tensor): GAE(λ), [*, T, N].
+        decay (float): γλ.
+        done (Tensor): boolean, [*, T, N] or [*, T, 1]: the trajectory ends with this step.
+
+    Returns: δ, [*, T, N].
+
+    Examples:
+        >>> temporal_difference(torch.tensor([[1.5], [1.0]]), 0.5, torch.tensor([[False], [True]])).flatten()
+        tensor([1., 1.])
+    """
+    following = torch.cat([advantage[..., 1:, :], torch.zeros_like(advantage[..., :1, :])], -2)
+    return advantage - decay * torch.where(done, 0, following)
+
+
 def team_advantage(advantage: Tensor, mask: Tensor | None = None) -> Tensor:
     r"""One advantage for the whole team: the mean over the agents that are present.
 

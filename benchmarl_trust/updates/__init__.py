@@ -4,10 +4,11 @@ from benchmarl_trust.updates.allocation import SCORES, GreedyAllocation, KktAllo
 from benchmarl_trust.updates.gradient import GradientStep, MinibatchEpochs, fused, shuffles
 from benchmarl_trust.updates.natural import Allocation, NaturalGradient, NaturalInfo, NaturalStep, Turn
 from benchmarl_trust.updates.order import advantage_score, semi_greedy
-from benchmarl_trust.updates.sweep import PositionInfo, StepInfo, sweep
+from benchmarl_trust.updates.sweep import Advantage, PositionInfo, StepInfo, sweep
 
 __all__ = [
     "SCORES",
+    "Advantage",
     "Allocation",
     "GradientStep",
     "GreedyAllocation",

@@ -338,7 +338,7 @@ class TestPolicyPhase:
     def seen(self, make_experiment, monkeypatch, config, **settings):
         seen = {}
 
-        def catch(agents, order, step, factor, rows=None, chunk=None, epsilon=None):
+        def catch(agents, order, step, factor, rows=None, chunk=None, epsilon=None, advantage=None):
             seen.update(agents=agents, order=order, step=step, factor=factor)
             raise StopIteration
 
