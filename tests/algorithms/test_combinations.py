@@ -138,6 +138,7 @@ DIFFERENT = {
     "epsilon by position": ("happo", [{"surrogate": "log"}, {"surrogate": "log", "epsilon_by_position": True}]),
     "order": ("happo", [{"order": "fixed"}, {"order": [2, 0, 1]}]),
     "factor": ("happo", [{"factor": "full"}, {"factor": "inside_clip"}, {"factor": "capped"}]),
+    "estimator": ("happo", [{}, GPAE, {"estimator": "preopc"}]),
     "normalisation": ("happo", [GPAE, GPAE | {"normalize_advantage": "per_agent"}]),
     "advantage": ("hatrpo", [{}, {"advantage": "team"}, {"normalize_advantage": "batch"}]),
     "older data": ("mars", [OLDER, OLDER | {"truncation": "it"}, OLDER | {"eta": 1.5}]),
@@ -192,7 +193,10 @@ def test_one_agent_in_sequence_with_gpae_is_simultaneous_gpae(surrogate, share, 
         torch.testing.assert_close(other_loss[name], loss[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "share"), [("discrete", False), ("discrete", True), ("recurrent", False)])
+@pytest.mark.parametrize(
+    ("kind", "share"),
+    [("discrete", False), ("discrete", True), pytest.param("recurrent", False, marks=pytest.mark.slow)],
+)
 def test_older_data_in_sequence(kind, share, make_experiment, monkeypatch):
     """As many optimizer steps as without it; the chain starts where the data was collected."""
     settings = KINDS[kind]() | {"task": StandInTask(), "share_policy_params": share, "max_n_iters": 3, "lr": 0.01}
@@ -251,6 +255,10 @@ REFUSED = [
     *(
         (preset, {"n_rollouts": 2}, "n_rollouts", "older batches need the ratios", "estimator=gpae")
         for preset in ("mars", "happo", "hatrpo")
+    ),
+    *(
+        (preset, {"estimator": "preopc"}, "estimator", "sequential gradient steps alone", "Take algorithm=a2po")
+        for preset in ("mars", "gpae", "hatrpo", "hatrpow")
     ),
     *(
         (

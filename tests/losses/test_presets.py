@@ -1,7 +1,5 @@
 """Every preset's loss module is its objective: in each turn of a sweep the module and the step agree, in float64."""
 
-from types import MappingProxyType
-
 import pytest
 import torch
 from problems import N, make_agents, make_problem
@@ -39,11 +37,10 @@ def presets(*, sequential, natural):
 SIMULTANEOUS = presets(sequential=False, natural=False)
 GRADIENT = presets(sequential=True, natural=False)
 NATURAL = presets(sequential=True, natural=True)
-#: name -> (surrogate, epsilon, epsilon where A < 0, factor); the last two are of no preset.
-OBJECTIVES = MappingProxyType(
-    {name: (c.surrogate, c.epsilon, c.epsilon_negative or c.epsilon, c.factor) for name, c in GRADIENT.items()}
-    | {"inside the clip": ("clip", 0.2, 0.2, "inside_clip"), "reciprocal capped": ("reciprocal", 0.3, 0.1, "capped")}
-)
+#: name -> keys; the last two are of no preset.
+OBJECTIVES = {name: vars(config) for name, config in GRADIENT.items()}
+OBJECTIVES["inside the clip"] = OBJECTIVES["happo"] | {"factor": "inside_clip"}
+OBJECTIVES["two radii"] = OBJECTIVES["cliphappo"] | {"surrogate": "reciprocal", "epsilon": 0.3, "epsilon_negative": 0.1}
 distributions = pytest.mark.parametrize("distribution", ["tanh", "normal", "categorical", "masked"])
 
 
@@ -69,13 +66,14 @@ def current_log_prob(problem):
     return dist.log_prob(problem.batch["agents", "action"])
 
 
-def surrogate_loss(problem, surrogate, epsilon, factor, entropy_coef=0.0):
+def surrogate_loss(problem, surrogate, epsilon, factor, entropy_coef=0.0, factor_epsilon=None):
     """The module, as it is used in plain TorchRL."""
     loss = SurrogateLoss(
         problem.policy,
         surrogate=surrogate,
         epsilon=epsilon,
         factor=factor,
+        factor_epsilon=factor_epsilon,
         entropy_bonus=entropy_coef > 0,
         entropy_coeff=entropy_coef,
         critic_coeff=None,
@@ -129,10 +127,9 @@ def entropy_of(distribution):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_surrogate_loss_is_what_a_turn_of_the_sweep_raises(name, older, distribution, team):
     problem, agents = team
-    surrogate, positive, negative, factor = OBJECTIVES[name]
-    epsilon, entropy_coef = (negative, positive), entropy_of(distribution)
-    step = GradientStep(surrogate, epsilon, entropy_coef)
-    loss = surrogate_loss(problem, surrogate, epsilon, factor, entropy_coef)
+    surrogate, factor, positive = (OBJECTIVES[name][key] for key in ("surrogate", "factor", "epsilon"))
+    epsilon, entropy_coef = (OBJECTIVES[name]["epsilon_negative"] or positive, positive), entropy_of(distribution)
+    step = GradientStep(surrogate, epsilon, entropy_coef, by_position=OBJECTIVES[name]["epsilon_by_position"])
     start, mask = current_log_prob(problem), problem.batch["agents", "mask"]
     log_importance = (
         torch.where(mask, 0.3 * torch.randn(24, N, dtype=torch.float64), 0) if older else torch.zeros(24, N)
@@ -146,9 +143,10 @@ def test_the_surrogate_loss_is_what_a_turn_of_the_sweep_raises(name, older, dist
         i = agent.policy.index
         chain = torch.where(mask, current_log_prob(problem) - start, 0) + log_importance
         move(agent.policy)
-        got = step.loss(agent, data, weight)
+        got = step.loss(agent, data, weight, place)
         gradient = agent.policy.gradient(got, retain_graph=True)
         importance = log_importance.exp() if older else None
+        loss = surrogate_loss(problem, surrogate, step.radius(place), factor, entropy_coef, factor_epsilon=positive)
         batch = batch_of(problem, i, chain[:, ORDER[: len(compared)]].sum(-1).exp(), importance)
         expected, expected_gradient = objective_and_gradient(loss, batch, i)
         torch.testing.assert_close(got.detach(), expected, rtol=1e-6, atol=1e-7)
