@@ -1,8 +1,9 @@
 r"""Data of an older policy in a sweep, by enumeration: two agents, two actions, joint actions as often as μ has them.
 
 Agent 1 plays its first action with probability .8 under μ, which collected the data, .5 under π_old, at the start of
-the iteration, and .6 once it has moved. Agent 2 plays each with probability ½, and A = ½ where both do the same, -½
-otherwise. With θ agent 2's logit, p(1 - p) = ¼ and D(a) = A(a, 0) - A(a, 1) = 1, -1 for agent 1's action a,
+the iteration, and .6 once it has moved. Agent 2 plays each with probability ½. A is 1 where both play their first
+action, -1 where agent 2 alone does, and 0 elsewhere. With θ agent 2's logit, p(1 - p) = ¼, and for agent 1's action a
+D(a) = A(a, 0) - A(a, 1), which is 1 and -1,
 
     ∂/∂θ E_{π_1, π_2}[A] = ¼ Σ_a π_1(a) D(a) = ¼ (.6 - .4) = .05.
 
@@ -23,6 +24,7 @@ from benchmarl_trust.policy import GroupPolicy, remember_old_policy
 from benchmarl_trust.updates import GradientStep, StepInfo, sweep
 
 MU, OLD, NEW = 0.8, 0.5, 0.6
+ADVANTAGE = torch.tensor([[1, 0], [-1, 0]], dtype=torch.float64)  # by agent 1's and agent 2's action
 
 
 def logit(p):
@@ -64,7 +66,7 @@ def make_agents(other=(1, 1), shared=False):
     group = GroupPolicy(policy, 2, batch)
     assert group.shared is shared
     mu = torch.tensor([[MU, 1 - MU], [share / sum(other) for share in other]], dtype=torch.float64)
-    advantage = torch.where(action[:, 0] == action[:, 1], 0.5, -0.5).double()
+    advantage = ADVANTAGE[action[:, 0], action[:, 1]]
     columns = {"log_importance": (OLD / mu[torch.arange(2), action]).log()}
     agents = group.make_agents(batch, advantage.unsqueeze(-1).expand(-1, 2), **columns)
     body.logit.data.flatten()[0] = logit(OLD)
@@ -104,7 +106,7 @@ def test_the_gradient_is_that_of_the_policies_as_they_are(surrogate, other, shar
 
     theta = torch.zeros((), dtype=torch.float64, requires_grad=True)
     first, second = theta.new_tensor([NEW, 1 - NEW]), torch.stack([theta.sigmoid(), 1 - theta.sigmoid()])
-    expected = first @ (torch.eye(2).double() - 0.5) @ second
+    expected = first @ ADVANTAGE @ second
     assert gradient == pytest.approx(torch.autograd.grad(expected, theta)[0].item(), abs=1e-12)
 
 
