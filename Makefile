@@ -1,7 +1,7 @@
 # make demo   sets up, trains MARS and MAPPO on vmas/balance, draws their learning curves
 # make test   sets up, runs the tests but for the slow ones, about five minutes on two cores
 # make check  runs the slow tests (further algorithms, tasks and processes) and make lint
-# make matrix runs every algorithm on every task and model, about half an hour; writes docs/matrix.md
+# make matrix runs every algorithm on every task and model, and all combinations of keys; writes docs/matrix.md
 # make lint   ruff check and format check
 PYTHON ?= python3
 VENV ?= .venv

@@ -2,6 +2,10 @@
 
     make matrix                                   # all of it, two rows at a time; writes docs/matrix.md
     python tests/matrix.py --rows vmas/balance    # the rows whose names contain one of these words
+    python tests/matrix.py --rows grid            # the combinations of keys alone
+
+Beside them all combinations of keys (tests/combinations.py) are run in six settings. A setting is a row here and a
+column of the page's second table.
 
 A cell is one algorithm on one row: an iteration of 40 frames and one evaluation, episodes cut to 5 steps where the task
 has a setting for it. It passes if the evaluation is reported and all parameters are finite afterwards. Each row runs in
@@ -31,6 +35,7 @@ from benchmarl.environments import TaskClass, task_config_registry
 from benchmarl.experiment import Experiment, ExperimentConfig
 from benchmarl.models import CnnConfig, DeepsetsConfig, GruConfig, LstmConfig
 from benchmarl.models.common import ModelConfig
+from combinations import grid
 from environments import StandInTask
 from problems import CNN, RNN, SETS, gnn, mlp, sequence
 
@@ -45,6 +50,7 @@ CODE = hashlib.sha256(str(VERSIONS).encode() + b"".join(file.read_bytes() for fi
 #: Seconds that one cell may take.
 LIMIT = 300
 COLUMNS = ["mappo", *ALGORITHMS]
+COMBINATIONS = {combination.name: combination for combination in grid()}
 
 
 def numbers() -> ModelConfig:
@@ -101,10 +107,15 @@ class Row(NamedTuple):
     critic: Callable[[], ModelConfig] | None = None
     settings: dict = {}  # noqa: RUF012
     teams: list[list[str]] | None = None
+    combinations: bool = False
 
     @property
     def algorithms(self) -> list[str]:
-        """The row's columns: MAPPO, to compare with, and ours; in a row with teams, those of ours that have teams."""
+        """The row's columns: MAPPO, to compare with, and ours; in a row with teams, those of ours that have teams. Or
+        the combinations.
+        """
+        if self.combinations:
+            return list(COMBINATIONS)
         return [name for name in COLUMNS if name == "mappo" or not self.teams or takes_teams(name)]
 
 
@@ -152,6 +163,27 @@ def rows() -> list[Row]:
     return out
 
 
+def grid_rows() -> list[Row]:
+    """What the combinations of keys are run on."""
+    spread = lambda: cut(task_config_registry["vmas/simple_spread"].get_from_yaml())  # noqa: E731
+    kinds = {
+        "continuous": (spread, numbers),
+        "discrete masked": (lambda: StandInTask(mask=True), numbers),
+        "recurrent": (spread, lambda: GruConfig(**RNN)),
+    }
+    return [
+        Row(
+            f"grid {kind} {'shared' if share else 'separate'}",
+            task,
+            model,
+            settings={"share_policy_params": share},
+            combinations=True,
+        )
+        for kind, (task, model) in kinds.items()
+        for share in (True, False)
+    ]
+
+
 ########
 # Cells
 ########
@@ -176,6 +208,8 @@ def make_algorithm(name: str, row: Row) -> AlgorithmConfig:
     """The algorithm with the row's teams, where it has teams."""
     if name == "mappo":
         return MappoConfig.get_from_yaml()
+    if row.combinations:
+        return COMBINATIONS[name].config()
     config = ALGORITHMS[name].get_from_yaml()
     if row.teams:
         config.teams = row.teams
@@ -274,44 +308,63 @@ def symbol(row: Row, algorithm: str, cells: dict) -> str:
 
 def table(all_rows: list[Row], cells: dict) -> str:
     """The whole page."""
-    lines = ["| task or model | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for row in all_rows:
-        lines.append(f"| {row.name} | " + " | ".join(symbol(row, algorithm, cells) for algorithm in COLUMNS) + " |")
-    shown = [symbol(row, algorithm, cells) for row in all_rows for algorithm in COLUMNS]
-    counts = f"{len(shown) - shown.count('–')} cells: {shown.count('✓')} pass, "
-    counts += f"{shown.count('upstream')} fail as MAPPO does, "
-    counts += f"{shown.count('**fails**')} fail otherwise, {shown.count('?')} have not been run."
-    seconds = sum(cell["seconds"] or 0 for cell in cells.values())
-    versions = ", ".join(f"{name} {number}" for name, number in VERSIONS.items())
-    counts += f" They took {seconds / 60:.0f} minutes of one core. Versions: {versions}."
-    why = {
-        f"- {row.name}, {algorithm}: `{cells[row.name, algorithm]['why']}`"
-        for row in all_rows
-        for algorithm in COLUMNS
-        if cells.get((row.name, algorithm), {}).get("why")
-    }
     engines = "\n".join(f"- {suite}: its tasks need {what}." for suite, what in NOT_ON_AN_INDEX.items())
     head = (
         "# Where the algorithms run\n\nWritten by `make matrix`, see `tests/matrix.py` for what a cell is. *upstream*: "
+        "BenchMARL's MAPPO fails there with the same error. *specs only*: an environment with the suite's specs stands "
+        "in for it. *teams*: groups that are paid alike form one team, for the algorithms that have teams."
     )
-    head += (
-        "BenchMARL's MAPPO fails there with the same error. *specs only*: an environment with the suite's "
-        "specs stands in for it. *teams*: groups that are paid alike form one team, for the algorithms that have teams."
+    tasks, settings = ([row for row in all_rows if row.combinations == is_grid] for is_grid in (False, True))
+    lines = ["| task or model | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for row in tasks:
+        lines.append(f"| {row.name} | " + " | ".join(symbol(row, algorithm, cells) for algorithm in COLUMNS) + " |")
+    parts = [head, counts(tasks, COLUMNS, cells) + f" Versions: {versions()}.", engines, "\n".join(lines)]
+    if settings:
+        lines = ["| preset and keys | " + " | ".join(row.name.removeprefix("grid ") for row in settings) + " |"]
+        lines.append("|---" * (len(settings) + 1) + "|")
+        for name in COMBINATIONS:
+            lines.append(f"| {name} | " + " | ".join(symbol(row, name, cells) for row in settings) + " |")
+        keys = "`algorithm.surrogate` (hatrpo: `algorithm.allocation`), `algorithm.factor` where there is one, and "
+        keys += "`algorithm.estimator`, in this order, beside `algorithm=` the preset."
+        parts += ["## Combinations", keys, counts(settings, list(COMBINATIONS), cells), "\n".join(lines)]
+    why = {
+        f"- {row.name}, {algorithm}: `{cells[row.name, algorithm]['why']}`"
+        for row in all_rows
+        for algorithm in row.algorithms
+        if cells.get((row.name, algorithm), {}).get("why")
+    }
+    if why:
+        parts += ["## What went wrong", "\n".join(sorted(why))]
+    return "\n\n".join(parts) + "\n"
+
+
+def counts(some_rows: list[Row], columns: list[str], cells: dict) -> str:
+    """How many of these cells pass."""
+    shown = [symbol(row, algorithm, cells) for row in some_rows for algorithm in columns]
+    names = {row.name for row in some_rows}
+    seconds = sum(cell["seconds"] or 0 for (name, _), cell in cells.items() if name in names)
+    return (
+        f"{len(shown) - shown.count('–')} cells: {shown.count('✓')} pass, {shown.count('upstream')} fail as MAPPO "
+        f"does, {shown.count('**fails**')} fail otherwise, {shown.count('?')} have not been run. They took "
+        f"{seconds / 60:.0f} minutes of one core."
     )
-    reasons = "\n".join(["## What went wrong", "", *sorted(why)]) + "\n" if why else ""
-    return f"{head}\n\n{counts}\n\n{engines}\n\n" + "\n".join(lines) + "\n" + (f"\n{reasons}" if reasons else "")
+
+
+def versions() -> str:
+    return ", ".join(f"{name} {number}" for name, number in VERSIONS.items())
 
 
 def main() -> None:
     """Run what is missing, then write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=[""], metavar="WORD", help="rows whose names contain one of these")
-    parser.add_argument("--algorithms", nargs="+", default=COLUMNS, choices=COLUMNS, metavar="NAME")
+    names = [*COLUMNS, *COMBINATIONS]
+    parser.add_argument("--algorithms", nargs="+", default=names, choices=names, metavar="NAME")
     parser.add_argument("--again", action="store_true", help="run also what has passed")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--worker", metavar="ROW", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    all_rows = rows()
+    all_rows = rows() + grid_rows()
     if args.worker:
         work(next(row for row in all_rows if row.name == args.worker), args.algorithms)
         return
@@ -326,7 +379,7 @@ def main() -> None:
     def save(cell: dict) -> None:
         with CELLS.open("a") as file:
             file.write(json.dumps(cell) + "\n")
-        print(f"{cell['row']:<45} {cell['algorithm']:<12} {cell['why'] or 'pass'}", flush=True)
+        print(f"{cell['row']:<45} {cell['algorithm']:<25} {cell['why'] or 'pass'}", flush=True)
 
     with ThreadPoolExecutor(args.processes) as pool:
         list(pool.map(lambda row: run_row(row, missing[row.name], save), chosen))

@@ -5,7 +5,7 @@ import json
 import subprocess
 
 import pytest
-from matrix import COLUMNS, read_cells, rows, run_cell, run_row, table
+from matrix import COLUMNS, COMBINATIONS, grid_rows, read_cells, rows, run_cell, run_row, table
 
 OURS = COLUMNS[1:]
 #: BenchMARL's DeepSets takes sets, which the observations of one agent are not in any task.
@@ -79,6 +79,30 @@ def test_a_row_in_its_process_and_the_table(tmp_path, monkeypatch):
     lines = [json.dumps(cell) for cell in (cells[0], failed, failed | {"code": "of before"})]
     (tmp_path / "cells.jsonl").write_text("\n".join(lines))
     assert read_cells() == {(row.name, "mappo"): cells[0]}
+
+
+def test_the_combinations_have_a_table_of_their_own(tmp_path):
+    setting = next(row for row in grid_rows() if row.name == "grid discrete masked separate")
+    ran = ["happo log capped gpae", "hatrpo kkt full gae"]
+    for name in ran:
+        run_cell(setting, name, str(tmp_path))
+    known = {(setting.name, name): {"why": None, "seconds": 1} for name in ran}
+    known[setting.name, "mars clip gae"] = {"why": "ValueError: no", "seconds": None}
+    page = table([ROWS[0], setting], known)
+    first, second = page.split("## Combinations")
+    assert f"{len(COLUMNS)} cells: 0 pass" in first
+    assert "happo log" not in first
+    assert "36 cells: 2 pass, 0 fail as MAPPO does, 1 fail otherwise, 33 have not been run" in second
+    assert "| preset and keys | discrete masked separate |" in second
+    assert "| happo log capped gpae | ✓ |" in second
+    assert "| mars clip gae | **fails** |" in second
+    assert f"- {setting.name}, mars clip gae: `ValueError: no`" in second
+
+
+def test_the_grid_is_of_every_combination_in_six_settings():
+    assert len(grid_rows()) == 6
+    assert all(row.algorithms == list(COMBINATIONS) for row in grid_rows())
+    assert not {row.name for row in grid_rows()} & {row.name for row in rows()}
 
 
 def test_a_process_that_ends_by_itself_is_noted(monkeypatch):

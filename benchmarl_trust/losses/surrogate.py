@@ -37,6 +37,8 @@ class SurrogateLoss(PPOLoss):
             for A ≥ 0.
         factor (str): how a factor M in the batch weighs: ``full`` (HAPPO), ``capped`` (clip-HAPPO) or ``inside_clip``
             (A2PO), see :func:`benchmarl_trust.functional.factor_weight`.
+        factor_epsilon (float, optional): the ε by which ``inside_clip`` bounds M; None: that of the trust region, for
+            A ≥ 0. A2PO's is the same at every position, while its ``epsilon`` grows with the position.
         critic_on_absent (bool): regress the values of absent agents too, for an estimator that bootstraps from them.
         **kwargs: passed to :class:`torchrl.objectives.PPOLoss` (``entropy_coeff``, ``critic_coeff``,
             ``loss_critic_type``, ``reduction``, ...).
@@ -100,6 +102,7 @@ class SurrogateLoss(PPOLoss):
         surrogate: str,
         epsilon: float | Sequence[float] = 0.2,
         factor: str = "full",
+        factor_epsilon: float | None = None,
         critic_on_absent: bool = False,
         **kwargs,
     ):
@@ -116,6 +119,7 @@ class SurrogateLoss(PPOLoss):
         self.surrogate = surrogate
         self.epsilon = pair
         self.factor = factor
+        self.factor_epsilon = pair[1] if factor_epsilon is None else factor_epsilon
         self.critic_on_absent = critic_on_absent
 
     @property
@@ -214,7 +218,7 @@ class SurrogateLoss(PPOLoss):
                 f"per step, {(*tensordict.batch_size, 1)}, the same for all agents."
             )
         shape = (*tensordict.batch_size, *[1] * (advantage.ndim - tensordict.ndim))
-        weight, shift = F.factor_weight(factor.log(), self.factor, self.epsilon[1])
+        weight, shift = F.factor_weight(factor.log(), self.factor, self.factor_epsilon)
         return weight.reshape(shape), None if shift is None else shift.reshape(shape)
 
     def _check_shape(self, log_prob: Tensor | None, advantage: Tensor) -> None:
