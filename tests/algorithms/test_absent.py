@@ -53,8 +53,8 @@ def test_values_of_absent_agents_are_trained(name, leave, run):
     experiment = run(
         Case(name).config(share_param_critic=False),
         task=LeaveTask(leave=leave),
-        max_n_iters=10,
-        on_policy_n_minibatch_iters=4,
+        max_n_iters=5,
+        on_policy_n_minibatch_iters=10,
         on_policy_minibatch_size=40,
         lr=0.03,
     )
