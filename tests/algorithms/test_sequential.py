@@ -113,15 +113,22 @@ class TestIdentities:
         moved = policy_parameters(mappo)
         assert all((before[name] - moved[name]).abs().max() > 1e-4 for name in before)
 
+    @staticmethod
+    def mappo(case):
+        """With as many critics as the case has."""
+        config = MappoConfig.get_from_yaml()
+        config.share_param_critic = case.config().share_param_critic
+        return config
+
     @sequential
     def test_initial_parameters_are_those_of_mappo(self, case, make_experiment):
-        one, other = make_experiment(MappoConfig.get_from_yaml()), make_experiment(case.config())
+        one, other = make_experiment(self.mappo(case)), make_experiment(case.config())
         for p, q in zip(one.losses["agents"].parameters(), other.losses["agents"].parameters(), strict=True):
             assert torch.equal(p, q)
 
     @sequential
     def test_checkpoints_have_actor_and_critic(self, case, make_experiment):
-        one, other = make_experiment(MappoConfig.get_from_yaml()), make_experiment(case.config())
+        one, other = make_experiment(self.mappo(case)), make_experiment(case.config())
         parameters = {k for k in one.losses["agents"].state_dict() if "network_params" in k}
         assert parameters <= set(other.losses["agents"].state_dict())
 

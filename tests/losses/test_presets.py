@@ -231,14 +231,15 @@ def test_the_trust_region_loss_is_what_a_natural_step_raises_and_bounds(name, di
 
     def step(agent, data, weight, place):
         i = agent.policy.index
-        loss = TrustRegionLoss(agent.policy, config.surrogate)
-        data = data.copy().set("weight", weight)
+        loss = TrustRegionLoss(agent.policy, config.surrogate, factor=config.factor)
+        chain = torch.where(mask, current_log_prob(problem) - start, 0)
+        factor = chain[:, moved].sum(-1).exp()
+        data = data.copy().set("factor", factor)
         before, model = loss(data), LocalModel(agent, data)
         objective, slope = model.gradient(weight)
         torch.testing.assert_close(-before["loss_objective"].detach(), objective, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(-gradient(agent, before["loss_objective"]), slope, rtol=1e-9, atol=1e-13)
-        chain = torch.where(mask, current_log_prob(problem) - start, 0)
-        batch = batch_of(problem, i, chain[:, moved].sum(-1).exp())
+        batch = batch_of(problem, i, factor)
         torch.testing.assert_close(objective_and_gradient(linear, batch, i), (-objective, -slope), rtol=1e-5, atol=1e-8)
         torch.testing.assert_close(before["kl"].detach(), torch.zeros((), dtype=torch.float64), rtol=0, atol=1e-14)
         slopes = torch.autograd.grad(before["kl"], agent.policy.parameters, create_graph=True)

@@ -86,7 +86,7 @@ def gradient_of_the_second(body, agents, surrogate="clip", factor="full", rows=N
             found.append(-agent.policy.gradient(GradientStep(surrogate, 0.2).loss(agent, data, weight, place)))
         return StepInfo(torch.zeros(()), torch.zeros(()))
 
-    infos = sweep(agents, [0, 1], step, factor, rows)
+    infos = sweep(agents, [0, 1], step, factor, rows, epsilon=0.2)
     (gradient,) = found
     return gradient[-1].item(), infos[1]
 
