@@ -162,7 +162,7 @@ class Gpae(Gae):
                 "share_param_critic",
                 False,
                 "GPAE has one critic that is told whose value is wanted. Separate critics would cost the same time "
-                "and N times the parameters. Leave it at True.",
+                "and N times the parameters. Set algorithm.share_param_critic=True.",
             )
 
     @property
