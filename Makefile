@@ -1,5 +1,6 @@
 # make demo   sets up, trains MARS and MAPPO on vmas/balance, draws their learning curves
-# make test   sets up, runs all tests
+# make test   sets up, runs the tests but for the slow ones, about five minutes on two cores
+# make check  runs the slow tests (further algorithms, tasks and processes) and make lint
 # make matrix runs every algorithm on every task and model, and all combinations of keys; writes docs/matrix.md
 # make lint   ruff check and format check
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 DEMO_FRAMES ?= 120000
 DEMO_FOLDER ?= outputs/demo
 
-.PHONY: demo test matrix lint clean
+.PHONY: demo test check matrix lint clean
 
 demo: $(VENV)/.installed-vmas
 	rm -rf $(DEMO_FOLDER)
@@ -21,6 +22,9 @@ demo: $(VENV)/.installed-vmas
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+check: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 matrix: $(VENV)/.installed-test
 	$(BIN)/python -W ignore tests/matrix.py

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+import pytest
+
 from benchmarl_trust import ALGORITHMS
 from benchmarl_trust.algorithms.sequential import Sequential
 from benchmarl_trust.algorithms.sequential_natural import SequentialNatural
@@ -38,6 +40,11 @@ class Case(NamedTuple):
     @property
     def natural(self) -> bool:
         return issubclass(ALGORITHMS[self.name].associated_class(), SequentialNatural)
+
+    @property
+    def teams(self) -> bool:
+        """Whether agents of several groups can form a team."""
+        return self.sequential and self.config().estimator != "preopc"
 
     @property
     def logged(self) -> tuple[str, ...]:
@@ -75,3 +82,10 @@ CASES = [
 ]
 #: Where a setting of an algorithm makes no difference: one case each, and off-policy GPAE, whose batches differ.
 MAIN = [case for case in CASES if not case.overrides or case.name == "gpae"]
+#: One case of each family: simultaneous, sequential, natural, and GPAE with past batches.
+FAMILIES = ("mars", "cliphappo", "hatrpog", "gpae-3-reciprocal")
+
+
+def by_family(cases):
+    """What a costly test is run with: the case of each family, and as slow tests the others."""
+    return [pytest.param(case, id=case.id, marks=() if case.id in FAMILIES else pytest.mark.slow) for case in cases]

@@ -116,7 +116,13 @@ class Row(NamedTuple):
         """
         if self.combinations:
             return list(COMBINATIONS)
-        return [name for name in COLUMNS if name == "mappo" or not self.teams or hasattr(ALGORITHMS[name], "teams")]
+        return [name for name in COLUMNS if name == "mappo" or not self.teams or takes_teams(name)]
+
+
+def takes_teams(algorithm: str) -> bool:
+    """Whether agents of several groups can form one of its teams."""
+    config = ALGORITHMS[algorithm].get_from_yaml()
+    return hasattr(config, "teams") and config.estimator != "preopc"
 
 
 def cut(task: TaskClass) -> TaskClass:

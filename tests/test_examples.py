@@ -29,12 +29,6 @@ for name in ("_common.py", "torchrl_only.py", "parallel_collection.py"):
     WITH_ARGUMENTS.remove(EXAMPLES / name)
 
 
-def python(*arguments) -> str:
-    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
-
-
 @pytest.fixture
 def script(monkeypatch, capsys):
     """A function that runs a script in this process, which saves its imports, and returns what it prints or says."""
@@ -108,9 +102,9 @@ def test_of_two_choices_the_last_counts(load):
     assert (settings["task"].name, type(settings["algorithm_config"]).__name__) == ("NAVIGATION", "GpaeConfig")
 
 
-def test_torchrl_only():
+def test_torchrl_only(script):
     assert len((EXAMPLES / "torchrl_only.py").read_text().splitlines()) < 80
-    (line,) = [line for line in python(EXAMPLES / "torchrl_only.py", 1).splitlines() if "mean of M" in line]
+    (line,) = [line for line in script(EXAMPLES / "torchrl_only.py", 1).splitlines() if "mean of M" in line]
     first, *others = map(float, line.split("mean of M")[1].split())
     assert first == 1
     assert all(0.9 < factor < 1.1 for factor in others)
@@ -129,7 +123,7 @@ def test_joint_constraint(tmp_path, script):
     assert "two or more" in script(EXAMPLES / "joint_constraint.py", "--seeds", 2, fails=True)
 
 
-SMALL = ["collected_frames_per_batch=200", "n_envs_per_worker=4", "n_minibatch_iters=1", "minibatch_size=100"]
+SMALL = ["collected_frames_per_batch=200", "n_envs_per_worker=20", "n_minibatch_iters=1", "minibatch_size=100"]
 SMALL = [f"experiment.on_policy_{setting}" for setting in SMALL]
 SMALL += ["model.num_cells=[8]", "experiment.evaluation_interval=200", "experiment.evaluation_episodes=4"]
 
@@ -150,7 +144,8 @@ def test_advantage_gap(tmp_path, script):
 
 def test_truncation(tmp_path, script):
     picture = tmp_path / "truncation.png"
-    settings = ("--seeds", 0, "--frames", 400, "--rollouts", 2, "--etas", 1.0, "--truncations", "dt", "none")
+    settings = ("--task", "simple_spread", "--seeds", 0, "--frames", 400, "--rollouts", 2)
+    settings += ("--etas", 1.0, "--truncations", "dt", "none")
     output = script(EXAMPLES / "truncation.py", *settings, "--out", tmp_path, "--override", *SMALL)
     traces = {
         line.split()[0]: float(line.split()[-1]) for line in output.splitlines() if line.startswith(("dt", "none"))
@@ -228,6 +223,7 @@ def test_custom_callback(load):
 TINY = ["experiment=vmas_laptop", "experiment.max_n_frames=200", *SMALL, "critic_model.num_cells=[8]"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:A lambda function was passed to ParallelEnv")
 def test_parallel_collection(tmp_path, script, monkeypatch):
     pytest.importorskip("pettingzoo")
@@ -257,6 +253,7 @@ def test_copies_with_a_seed_of_their_own_start_differently(own, load, make_exper
     assert len(first.unique(dim=0)) == (len(first) if own else 1)  # without, BenchMARL starts all copies alike
 
 
+@pytest.mark.slow
 def test_sweep(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

@@ -29,7 +29,15 @@ def diagonal():
 DIAGONAL = diagonal()
 
 
-@pytest.mark.parametrize(("row", "algorithm"), DIAGONAL, ids=[f"{row.name}-{name}" for row, name in DIAGONAL])
+def cells():
+    """Its cells; slow ones are those of further tasks of a suite, and of models with shared parameters."""
+    firsts = {row.name.split("/")[0]: row for row, _ in reversed(DIAGONAL) if "/" in row.name}.values()
+    for row, name in DIAGONAL:
+        fast = row.teams or row in firsts or row.name.endswith((" separate", " only)"))
+        yield pytest.param(row, name, id=f"{row.name}-{name}", marks=() if fast else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("row", "algorithm"), cells())
 def test_diagonal(row, algorithm, tmp_path):
     suite = {"pettingzoo": "pettingzoo", "magent": "magent2"}.get(row.name.split("/")[0])
     if suite:
@@ -48,6 +56,7 @@ def test_the_diagonal_has_every_algorithm():
     assert {algorithm for _, algorithm in DIAGONAL} == set(OURS)
 
 
+@pytest.mark.slow
 def test_a_row_in_its_process_and_the_table(tmp_path, monkeypatch):
     row = next(row for row in ROWS if row.name == "vmas/balance discrete")
     cells = []

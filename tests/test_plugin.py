@@ -97,6 +97,7 @@ def wait_for(condition, run) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_multirun_with_benchmarls_own(tmp_path):
     benchmarl("-m", "algorithm=mappo,mars", "seed=0,1", *TINY, cwd=tmp_path)
     reports = results(tmp_path)
@@ -104,6 +105,7 @@ def test_multirun_with_benchmarls_own(tmp_path):
     assert names == [(name, f"seed_{i}") for name in ("mappo", "mars") for i in (0, 1)]
 
 
+@pytest.mark.slow
 def test_sequential_algorithm_with_lists_on_the_command_line(tmp_path):
     options = ["algorithm.order=[3,1,0,2]", "algorithm.teams=[[agents]]", "algorithm.actor_epochs=2"]
     benchmarl("algorithm=cliphappo", *options, "experiment.share_policy_params=False", *TINY, cwd=tmp_path)

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from benchmarl.experiment import Experiment
-from cases import CASES
+from cases import CASES, by_family
 
-all_cases = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
+family_cases = pytest.mark.parametrize("case", by_family(CASES))
 
 
-@all_cases
+@family_cases
 def test_reload_and_go_on(case, run):
     experiment = run(case.config(), checkpoint_at_end=True)
     file = experiment.folder_name / "checkpoints" / "checkpoint_80.pt"

@@ -10,13 +10,15 @@ from benchmarl.algorithms import EnsembleAlgorithmConfig, MappoConfig
 from benchmarl.environments import VmasTask
 from benchmarl.models import CnnConfig, GnnConfig, GruConfig, LstmConfig, MlpConfig
 from benchmarl.models.common import SequenceModelConfig
-from cases import CASES, MAIN, POSITIONS
+from cases import CASES, MAIN, POSITIONS, by_family
 from conftest import policy_parameters, scalars
 from environments import StandInTask
 from problems import CNN, LAYERS, RNN
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
 main_cases = pytest.mark.parametrize("case", MAIN, ids=[case.id for case in MAIN])
+family_cases = pytest.mark.parametrize("case", by_family(MAIN))
+slow = pytest.mark.slow
 
 
 def gnn():  # first, since as a critic it must see the agents apart
@@ -72,8 +74,11 @@ def check_positions(logged, group, n_agents):
 
 
 @all_cases
-@pytest.mark.parametrize("continuous", [True, False], ids=["continuous", "discrete"])
-@pytest.mark.parametrize("share", [True, False], ids=["shared", "separate"])
+@pytest.mark.parametrize(
+    ("share", "continuous"),
+    [(True, False), (False, True), pytest.param(True, True, marks=slow), pytest.param(False, False, marks=slow)],
+    ids=["shared-discrete", "separate-continuous", "shared-continuous", "separate-discrete"],
+)
 def test_vmas(case, continuous, share, run):
     settings = {"prefer_continuous_actions": continuous, "share_policy_params": share}
     experiment = run(case.config(), evaluation=True, **settings)
@@ -82,9 +87,13 @@ def test_vmas(case, continuous, share, run):
 
 
 @main_cases
-@pytest.mark.parametrize("model", ["gnn", "gru"])  # others in the matrix
-def test_models(case, model, run):
-    check_trained(case, run(case.config(), model=MODELS[model](), critic=MODELS[model]()))
+def test_recurrent_models(case, run):
+    check_trained(case, run(case.config(), model=MODELS["gru"](), critic=MODELS["gru"]()))
+
+
+@family_cases
+def test_graph_models(case, run):  # others in the matrix
+    check_trained(case, run(case.config(), model=MODELS["gnn"](), critic=MODELS["gnn"]()))
 
 
 @main_cases
@@ -92,17 +101,17 @@ def test_masked_actions_with_state(case, run):
     check_trained(case, run(case.config(), task=StandInTask(mask=True, state=True)))
 
 
-@main_cases
+@family_cases
 def test_images(case, run):
     check_trained(case, run(case.config(), task=StandInTask(rgb=True), model=CnnConfig(**CNN)))
 
 
-@main_cases
+@family_cases
 def test_absent_agents(case, run):
     check_trained(case, run(case.config(), task=StandInTask(absent=True)))
 
 
-@main_cases
+@family_cases
 def test_several_groups(case, run):
     task = VmasTask.SIMPLE_TAG.get_from_yaml()
     task.config.update(max_steps=5)
@@ -111,25 +120,25 @@ def test_several_groups(case, run):
     check_trained(case, experiment, experiment.group_map)
 
 
-@main_cases
+@family_cases
 def test_unsquashed_normal_separate_critics_minibatch_advantage(case, run):
     separate = case.name != "gpae"  # which refuses separate critics
     config = case.config(use_tanh_normal=False, share_param_critic=not separate, minibatch_advantage=True)
     check_trained(case, run(config))
 
 
-@main_cases
+@family_cases
 def test_normalized_advantage_with_entropy_bonus(case, run):
     over = "per_agent" if case.name == "gpae" else "batch"  # GPAE's own is batch
     check_trained(case, run(case.config(normalize_advantage=over, **case.entropy)))
 
 
-@main_cases
+@family_cases
 def test_collect_with_grad(case, run):
     check_trained(case, run(case.config(), collect_with_grad=True))
 
 
-@main_cases
+@family_cases
 def test_ensemble_trains_the_critic_it_reads(case, make_experiment):
     task = VmasTask.SIMPLE_TAG.get_from_yaml()
     task.config.update(max_steps=5)
@@ -143,16 +152,16 @@ def test_ensemble_trains_the_critic_it_reads(case, make_experiment):
     assert inner.get_loss_and_updater("adversary")[0] is experiment.losses["adversary"]
 
 
-@main_cases
+@family_cases
 def test_learns(case, run):
-    """Agents are paid for the action that they are shown: after 30 small iterations most of them know it."""
+    """Agents are paid for the action that they are shown: after 20 or 30 small iterations most of them know it."""
     experiment = run(
         case.config(),
         task=StandInTask(),
-        max_n_iters=30,
+        max_n_iters=30 if case.natural else 20,
         on_policy_n_minibatch_iters=5,
         on_policy_minibatch_size=40,
-        lr=0.02,
+        lr=0.04,
     )
     reward = scalars(experiment)["collection_agents_reward_episode_reward_mean"]
     assert reward[0] < 2.5  # chance is 5 / 4

@@ -298,16 +298,18 @@ def test_agents_learn_to_keep_off_the_worst(run):
     experiment = run(
         MarsConfig.get_from_yaml(),
         task=TrustGamesTask.CLIMBING.get_from_yaml(),
-        max_n_iters=25,
+        max_n_iters=20,
         on_policy_n_minibatch_iters=10,
         on_policy_collected_frames_per_batch=60,
-        lr=0.01,
+        on_policy_minibatch_size=60,
+        lr=0.03,
     )
     reward = scalars(experiment)["collection_reward_reward_mean"]
     assert reward[0] < 3
     assert sum(reward[-5:]) / 5 > 4
 
 
+@pytest.mark.slow
 def test_stock_command_line(tmp_path):
     overrides = [
         "algorithm=mars,mappo",

@@ -14,7 +14,7 @@ from torchrl.envs import Transform
 from torchrl.objectives import LossModule
 
 from benchmarl_trust import functional as F
-from benchmarl_trust.algorithms.checks import check_choice
+from benchmarl_trust.algorithms.checks import check_choice, refuse
 from benchmarl_trust.algorithms.estimators import make_estimator
 from benchmarl_trust.algorithms.metrics import to_host
 from benchmarl_trust.losses import SurrogateLoss
@@ -39,7 +39,7 @@ class TrustRegion(Mappo):
             :func:`benchmarl_trust.functional.factor_weight`.
         estimator (str): of the advantages, a key of :data:`benchmarl_trust.algorithms.estimators.ESTIMATORS`.
         truncation (str), eta (float), n_rollouts (int): the estimator's, see
-            :class:`benchmarl_trust.algorithms.estimators.Gpae`.
+            :class:`benchmarl_trust.algorithms.estimators.GpaeEstimator`.
         normalize_advantage (str): ``none``, ``batch`` or ``per_agent``, over the whole collected batch.
         **kwargs: those of :class:`benchmarl.algorithms.Mappo`.
 
@@ -65,6 +65,13 @@ class TrustRegion(Mappo):
         normalize_advantage: str,
         **kwargs,
     ):
+        if surrogate == "linear" and surrogate not in self.surrogates:
+            refuse(
+                "surrogate",
+                surrogate,
+                "r A alone has no trust region, and gradient steps have no other. Take one of "
+                f"{', '.join(GAINS)}, or a natural step such as algorithm=hatrpo.",
+            )
         check_choice("surrogate", surrogate, self.surrogates)
         F.check_surrogate(surrogate, epsilon, key="algorithm.epsilon")
         if epsilon_negative is not None:
@@ -87,6 +94,7 @@ class TrustRegion(Mappo):
             self.get_critic(group),
             surrogate=self.surrogate,
             epsilon=self.epsilon,
+            factor=self.factor or "full",
             entropy_coeff=self.entropy_coef,
             critic_coeff=self.critic_coef,
             loss_critic_type=self.loss_critic_type,

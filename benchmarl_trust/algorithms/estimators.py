@@ -42,12 +42,13 @@ TABLE = "joint_action"
 ROUNDING = 1e-4
 
 
-class Gae:
+class GaeEstimator:
     """The host's: GAE(λ) over MAPPO's critic, on the newest batch alone.
 
     Args:
         algorithm (TrustRegion): whose estimator it is.
-        truncation (str), eta (float), n_rollouts (int): see :class:`Gpae`; here only ``n_rollouts=1`` has a meaning.
+        truncation (str), eta (float), n_rollouts (int): see :class:`GpaeEstimator`; here only ``n_rollouts=1`` has a
+            meaning.
 
     Raises:
         ValueError: on a bad setting, before anything is collected.
@@ -61,7 +62,8 @@ class Gae:
     def __init__(self, algorithm: "TrustRegion", truncation: str, eta: float, n_rollouts: int):
         self.algorithm = algorithm
         self.truncation, self.eta, self.n_rollouts = truncation, eta, n_rollouts
-        self._batches: dict[str, int] = {}
+        self._n_batches: dict[str, int] = {}
+        check_number("eta", eta, usual=1.02, least=1)
         F.check_gpae(truncation, eta, algorithm.lmbda, gamma=1, prefix="algorithm.")
         F.check_gpae(truncation, eta, algorithm.lmbda, gamma=algorithm.experiment_config.gamma, prefix="experiment.")
         check_number("n_rollouts", n_rollouts, usual=1, least=1, whole=True)
@@ -100,6 +102,10 @@ class Gae:
         """The batches to train on: this one."""
         return batch
 
+    def mask(self, group: str, batch: TensorDictBase) -> Tensor | None:
+        """Which samples count, [*, N]: those of agents that are present; None for all."""
+        return batch.get((group, "mask"), None)
+
     def columns(self, group: str, batch: TensorDictBase) -> dict[str, Tensor]:
         """What a sequential update must know of each agent's samples beside the advantages, each [*, N]."""
         return {}
@@ -121,7 +127,7 @@ class Gae:
         return {}
 
 
-class Gpae(Gae):
+class GpaeEstimator(GaeEstimator):
     r"""A per-agent advantage from a counterfactual critic (Kim et al., arXiv 2603.02654).
 
     See :mod:`benchmarl_trust.functional.gpae`, :class:`~benchmarl_trust.value.GPAE` and
@@ -226,7 +232,7 @@ class Gpae(Gae):
 
     def n_batches(self, group: str) -> int:
         """How many batches are trained on at present: at first there are fewer than ``n_rollouts``."""
-        return self._batches.get(group, 1)
+        return self._n_batches.get(group, 1)
 
     def with_kept(self, group: str, batch: TensorDictBase) -> TensorDictBase:
         """The batches in the buffer, the oldest first, and this one. The buffer is emptied: all come back processed."""
@@ -250,17 +256,20 @@ class Gpae(Gae):
         kept = buffer.storage[: len(buffer)].reshape(-1, length)[-rows * (self.n_rollouts - 1) :]
         kept = kept.select(*batch.keys(True, True)).to(batch.device)
         batch = torch.cat([kept, batch])
-        self._batches[group] = len(batch) // rows
+        self._n_batches[group] = len(batch) // rows
         buffer.empty()
         return batch
 
+    def mask(self, group: str, batch: TensorDictBase) -> Tensor | None:
+        """With older data, the samples that have a finite ratio too."""
+        return batch[group, "valid"] if self.off_policy else super().mask(group, batch)
+
     def columns(self, group: str, batch: TensorDictBase) -> dict[str, Tensor]:
-        """With older data, its ratios to the policy of the iteration's start, and whose are finite."""
+        """With older data, its ratios to the policy of the iteration's start."""
         if not self.off_policy:
             return {}
-        valid = batch[group, "valid"]
-        log_importance = F.log_ratio(batch[group, "old_log_prob"], batch[group, "log_prob"], valid)
-        return {"log_importance": log_importance, "mask": valid}
+        old, collected = batch[group, "old_log_prob"], batch[group, "log_prob"]
+        return {"log_importance": F.log_ratio(old, collected, self.mask(group, batch))}
 
     @torch.no_grad()
     def metrics(self, group: str, batch: TensorDictBase) -> dict[str, Tensor]:
@@ -296,8 +305,8 @@ class Gpae(Gae):
         return metrics
 
 
-class Preopc(Gae):
-    r"""A2PO's preceding-agent off-policy correction (Wang et al., ICLR 2023).
+class PreopcEstimator(GaeEstimator):
+    r"""A2PO's preceding-agent off-policy correction (Wang et al. 2023, arXiv 2302.06205).
 
     .. math::
         A_{i,t} = δ_{i,t} + γ c_{t+1} A_{i,t+1}, \qquad c_t = λ \min(1, M_t), \qquad
@@ -314,7 +323,8 @@ class Preopc(Gae):
 
     Args:
         algorithm (TrustRegion): whose estimator it is.
-        truncation (str), eta (float), n_rollouts (int): of :class:`Gpae`; here only ``n_rollouts=1`` has a meaning.
+        truncation (str), eta (float), n_rollouts (int): of :class:`GpaeEstimator`; here only ``n_rollouts=1`` has a
+            meaning.
     """
 
     def _check(self) -> None:
@@ -358,10 +368,14 @@ class Preopc(Gae):
 
 
 #: The estimators by the name of the key ``estimator``.
-ESTIMATORS: dict[str, type[Gae]] = {"gae": Gae, "gpae": Gpae, "preopc": Preopc}
+ESTIMATORS: dict[str, type[GaeEstimator]] = {
+    "gae": GaeEstimator,
+    "gpae": GpaeEstimator,
+    "preopc": PreopcEstimator,
+}
 
 
-def make_estimator(name: str, algorithm: "TrustRegion", truncation: str, eta: float, n_rollouts: int) -> Gae:
+def make_estimator(name: str, algorithm: "TrustRegion", truncation: str, eta: float, n_rollouts: int) -> GaeEstimator:
     """The estimator of that name.
 
     Raises:

@@ -15,7 +15,7 @@ class Gpae(Simultaneous):
         δ_{i,t} = r_t + γ EQ_i(s_{t+1}, a_{-i,t+1}) - EQ_i(s_t, a_{-i,t})
 
     MAPPO with these advantages: all agents of a group move at once, on PPO's clip. The formulas are those of the
-    authors' code; see :class:`benchmarl_trust.algorithms.estimators.Gpae`, which any algorithm takes by
+    authors' code; see :class:`benchmarl_trust.algorithms.estimators.GpaeEstimator`, which any algorithm takes by
     ``estimator="gpae"``, for the critic and for the data of older policies.
 
     Args:

@@ -56,17 +56,17 @@ class ClipHappoConfig(SequentialGradientConfig):
 
 
 class A2po(SequentialGradient):
-    r"""Agent-by-agent policy optimisation (Wang et al., ICLR 2023).
+    r"""Agent-by-agent policy optimisation (Wang et al. 2023, arXiv 2302.06205).
 
     .. math:: L_i = \min(r_i g A_i, \mathrm{clip}(r_i g, 1 ± ε_k) A_i), \qquad
         g = \mathrm{clip}\Big(\prod_{j \text{ before } i} r_j, 1 ± \frac ε2\Big), \qquad
         ε_k = \fracε2 \Big(1 + \frac kN\Big)
 
     HAPPO's sweep with four changes: advantages corrected for the agents that moved before
-    (:class:`benchmarl_trust.algorithms.estimators.Preopc`); the factor inside the clip; a radius that grows with the
-    position k of N; an order that alternates the agent with the largest mean \|A / V\| of those left with a random one
-    (:func:`benchmarl_trust.updates.semi_greedy`). The formulas are the authors'; what is done otherwise is said where
-    each of them is.
+    (:class:`benchmarl_trust.algorithms.estimators.PreopcEstimator`); the factor inside the clip; a radius that grows
+    with the position k of N; an order that alternates the agent with the largest mean \|A / V\| of those left with a
+    random one (:func:`benchmarl_trust.updates.semi_greedy`). The formulas are the authors'; what is done otherwise is
+    said where each of them is.
 
     Args:
         **kwargs: those of :class:`~benchmarl_trust.algorithms.sequential_gradient.SequentialGradient`.

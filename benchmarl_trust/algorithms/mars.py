@@ -19,7 +19,7 @@ class Mars(Simultaneous):
 
     At equal ε MARS's steps are far smaller than PPO's: where the advantage's correlation with the score in the
     direction moved is R, its step is about ε R σ_A / E\|A\| in standard deviations, while the clip's hardly depends on
-    R. The KL per iteration at ε = .2 in the population limit:
+    R. The KL per iteration at ε = .2 in the population limit (derived here, for a Gaussian policy):
 
     ==== ====== ======
     R    clip   MARS

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 from benchmarl_trust import functional as F
+from benchmarl_trust.updates import PositionInfo
+
+#: What an agent met at its position, and how it is summed up over the minibatches of a shared policy.
+AT_POSITION = {"factor_mean": Tensor.mean, "factor_max": Tensor.max, "factor_ess": Tensor.mean}
+AT_POSITION |= {"advantage_variance": Tensor.mean}
 
 
 def each_and_mean(name: str, values: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
@@ -56,4 +61,17 @@ def advantage_metrics(advantage: Tensor, mask: Tensor | None) -> dict[str, Tenso
         correlation = (centred.T @ centred) / scale.clamp(min=1e-12)
         pairs = ~torch.eye(n_agents, dtype=torch.bool, device=flat.device) & (both > 0)
         metrics["advantage_correlation"] = F.masked_mean(correlation, pairs)
+    return metrics
+
+
+def position_metrics(team: str, n_agents: int, infos: Sequence[PositionInfo]) -> dict[str, Tensor]:
+    """Of M and what it weighs, by position in the order; for a shared policy over its minibatches."""
+    metrics = {}
+    for position in range(n_agents):
+        here = infos[position::n_agents]  # one for separate policies, one per minibatch for shared ones
+        for name, over in AT_POSITION.items():
+            values = torch.stack([getattr(info, name) for info in here])
+            metrics[f"{team}/policy/{name}_position_{position}"] = over(values)
+    name = f"{team}/policy/advantage_variance"
+    metrics[name] = torch.stack([metrics[f"{name}_position_{k}"] for k in range(n_agents)]).mean()
     return metrics

@@ -6,7 +6,6 @@ BenchMARL's loop then trains the critic (the *critic phase*), since the loss tha
 """
 
 import warnings
-from collections.abc import Sequence as SequenceOf
 from dataclasses import MISSING, dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from torchrl.objectives import LossModule
 from benchmarl_trust import functional as F
 from benchmarl_trust.algorithms.checks import check_choice, refuse
 from benchmarl_trust.algorithms.common import TrustRegion, TrustRegionConfig
-from benchmarl_trust.algorithms.metrics import each_and_mean, to_host
+from benchmarl_trust.algorithms.metrics import each_and_mean, position_metrics, to_host
 from benchmarl_trust.algorithms.teams import Teams
 from benchmarl_trust.algorithms.twins import group_policy
 from benchmarl_trust.losses import CriticPhaseLoss
@@ -27,9 +26,6 @@ from benchmarl_trust.policy import Agent, GroupPolicy, forward, kl_of, old_outpu
 from benchmarl_trust.updates import PositionInfo, advantage_score, semi_greedy
 
 ADVANTAGES = ("per_agent", "team")
-#: What an agent met at its position, and how it is summed up over the minibatches of a shared policy.
-AT_POSITION = {"factor_mean": Tensor.mean, "factor_max": Tensor.max, "factor_ess": Tensor.mean}
-AT_POSITION |= {"advantage_variance": Tensor.mean}
 
 
 class Sequential(TrustRegion):
@@ -78,10 +74,6 @@ class Sequential(TrustRegion):
         self._policies: dict[str, GroupPolicy] = {}
         self._batches: dict[str, TensorDictBase] = {}
 
-    ######
-    # Loss
-    ######
-
     def _get_loss(self, group: str, policy_for_loss: TensorDictModule, continuous: bool) -> tuple[LossModule, bool]:
         self._check_order(group)
         policy = self._policies[group] = group_policy(self, group, policy_for_loss, continuous)
@@ -95,7 +87,7 @@ class Sequential(TrustRegion):
         size = self.teams.size(team)
         if order is None or (isinstance(order, str) and order in self.orders):
             return
-        whole = isinstance(order, SequenceOf) and not isinstance(order, str) and all(type(i) is int for i in order)
+        whole = isinstance(order, list | tuple) and all(type(i) is int for i in order)
         if not whole or sorted(order) != list(range(size)):
             raise ValueError(
                 f"algorithm.order={order} must be null, one of {', '.join(self.orders)}, or a permutation of "
@@ -118,10 +110,6 @@ class Sequential(TrustRegion):
             f"agent, does not hold. {self.shared_policy_note} {cure}",
             stacklevel=2,
         )
-
-    ##############
-    # Policy phase
-    ##############
 
     def process_batch(self, group: str, batch: TensorDictBase) -> TensorDictBase:
         """Advantages and value targets; then, with the last group of a team, the team's policy phase."""
@@ -169,18 +157,18 @@ class Sequential(TrustRegion):
             columns = self.estimator.columns(group, batch)
             if self.order == "semi_greedy":
                 columns["value"] = batch[group, "state_value"].squeeze(-1)
-            mask = columns.pop("mask", batch.get((group, "mask"), None))
             policy, optimizers = self._policies[group], self._optimizers(group)
+            mask = self.estimator.mask(group, batch)
             agents += policy.make_agents(batch, advantages[..., mine], mask, optimizers, **columns)
         return agents
 
     def _advantages(self, batches: dict[str, TensorDictBase]) -> Tensor:
         """The advantages of all agents of the team, [*, N, 1]."""
         advantage = torch.cat([batch[group, "advantage"] for group, batch in batches.items()], -2)
-        masks = [
-            batch.get((group, "mask"), torch.ones_like(batch[group, "advantage"][..., 0], dtype=torch.bool))
-            for group, batch in batches.items()
-        ]
+        masks = []
+        for group, batch in batches.items():
+            mask = self.estimator.mask(group, batch)
+            masks.append(torch.ones_like(batch[group, "advantage"][..., 0], dtype=torch.bool) if mask is None else mask)
         return self._as_used(advantage, torch.cat(masks, -1))
 
     def _as_used(self, advantage: Tensor, mask: Tensor | None) -> Tensor:
@@ -201,10 +189,6 @@ class Sequential(TrustRegion):
             return semi_greedy(advantage_score(*columns, torch.stack(present, -1)), self.generator)
         return list(range(len(agents))) if self.order == "fixed" else list(self.order)
 
-    #########
-    # Logging
-    #########
-
     @torch.no_grad()
     def _log(self, team: list[str], agents: list[Agent], infos: list[PositionInfo], chunk: int | None) -> None:
         """Log what happened, with one transfer to the host."""
@@ -214,11 +198,16 @@ class Sequential(TrustRegion):
             mine = range(first, first + len(self.group_map[group]))
             first = mine.stop
             turns = [[info for info in infos if info.agent == k] for k in mine]
-            single = [self._agent_metrics(agents[k], own, chunk) for k, own in zip(mine, turns, strict=True)]
+            # A separate policy is as its turn has left it; a shared one has gone on since, and on other rows.
+            outputs = [
+                forward(agents[k], agents[k].data, chunk) if self._is_shared(team) else own[-1].outputs
+                for k, own in zip(mine, turns, strict=True)
+            ]
+            single = [self._agent_metrics(agents[k], *of) for k, *of in zip(mine, outputs, turns, strict=True)]
             for name in single[0]:
                 metrics |= each_and_mean(f"{group}/policy/{name}", [values[name] for values in single])
             metrics[f"{group}/skipped"] = torch.stack([~info.finite for own in turns for info in own]).sum()
-        metrics |= self._position_metrics("+".join(team), len(agents), infos)
+        metrics |= position_metrics("+".join(team), len(agents), infos)
         values = to_host(metrics)
         for group in team:
             self.guard.skipped[group] += int(values.pop(f"{group}/skipped"))
@@ -228,30 +217,11 @@ class Sequential(TrustRegion):
             {f"train/{key}": value for key, value in values.items()}, step=self.experiment.n_iters_performed
         )
 
-    def _position_metrics(self, team: str, n_agents: int, infos: list[PositionInfo]) -> dict[str, Tensor]:
-        """Of M and what it weighs, by position; for a shared policy over its minibatches."""
-        metrics = {}
-        for position in range(n_agents):
-            here = infos[position::n_agents]  # one for separate policies, one per minibatch for shared ones
-            for name, over in AT_POSITION.items():
-                values = torch.stack([getattr(info, name) for info in here])
-                metrics[f"{team}/policy/{name}_position_{position}"] = over(values)
-        name = f"{team}/policy/advantage_variance"
-        metrics[name] = torch.stack([metrics[f"{name}_position_{k}"] for k in range(n_agents)]).mean()
-        return metrics
-
-    def _agent_metrics(self, agent: Agent, own: list[PositionInfo], chunk: int | None) -> dict[str, Tensor]:
+    def _agent_metrics(self, agent: Agent, outputs: tuple[Tensor, ...], turns: list[PositionInfo]) -> dict[str, Tensor]:
         """What is logged of an agent: its policy as the iteration leaves it, and means over its steps."""
-        # A separate policy is as its turn has left it; a shared one has gone on since, and on other rows.
-        outputs = own[-1].outputs or forward(agent, agent.data, chunk)
-        metrics = self._policy_metrics(agent, outputs)
-        for name in own[0].step._fields:
-            metrics[name] = torch.stack([getattr(info.step, name) for info in own]).mean()
-        return metrics
-
-    def _policy_metrics(self, agent: Agent, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """Of an agent's policy, given its distribution's parameters."""
-        return {
+        steps = zip(*(info.step for info in turns), strict=True)
+        means = {name: torch.stack(values).mean() for name, values in zip(turns[0].step._fields, steps, strict=True)}
+        return means | {
             "kl": kl_of(agent.policy, old_outputs(agent.data), outputs, agent.data),
             "entropy": F.masked_mean(agent.policy.entropy(outputs), agent.data.get("mask", None)),
         }

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchrl.objectives import LossModule
 
 from benchmarl_trust import functional as F
-from benchmarl_trust.algorithms.checks import refuse
+from benchmarl_trust.algorithms.checks import check_number, refuse
 from benchmarl_trust.algorithms.sequential import Sequential, SequentialConfig
 from benchmarl_trust.policy import Agent, forward, log_ratio_of
 from benchmarl_trust.updates import Advantage, GradientStep, MinibatchEpochs, PositionInfo, fused, shuffles, sweep
@@ -53,12 +53,14 @@ class SequentialGradient(Sequential):
 
     def _check_steps(self, epochs: int | None, minibatch: int | None) -> None:
         frames = self.experiment_config.collected_frames_per_batch(self.on_policy)
-        if epochs is not None and epochs < 1:
-            raise ValueError(f"algorithm.actor_epochs={epochs} must be at least 1, or null for the experiment's.")
-        if minibatch is not None and not 1 <= minibatch <= frames:
-            raise ValueError(
-                f"algorithm.actor_minibatch_size={minibatch} must lie between 1 and the {frames} frames of a batch "
-                "(experiment.on_policy_collected_frames_per_batch), or be null for the experiment's."
+        if epochs is not None:
+            check_number("actor_epochs", epochs, usual="null, the experiment's", least=1, whole=True)
+        if minibatch is not None and (type(minibatch) is not int or not 1 <= minibatch <= frames):
+            refuse(
+                "actor_minibatch_size",
+                minibatch,
+                f"it must be a whole number between 1 and the {frames} frames of a batch "
+                "(experiment.on_policy_collected_frames_per_batch), or null for the experiment's.",
             )
 
     def _get_parameters(self, group: str, loss: LossModule) -> dict[str, list]:
@@ -82,7 +84,7 @@ class SequentialGradient(Sequential):
         if self._is_shared(team):
             return self._minibatch_sweeps(agents, order, rows, correction)
         step = MinibatchEpochs(self._gradient_step(), self.actor_epochs, chunk, self.generator, rows)
-        return sweep(agents, order, step, self.factor, None, chunk, self.epsilon[1], correction)
+        return sweep(agents, order, step, self.factor, chunk=chunk, epsilon=self.epsilon[1], advantage=correction)
 
     def _minibatch_sweeps(
         self, agents: list[Agent], order: list[int], rows: int, correction: Advantage | None
@@ -123,15 +125,13 @@ class SequentialGradient(Sequential):
             return self.minibatch_frames
         return -(-self.minibatch_frames // agents[0].data.shape[1])
 
-    def _policy_metrics(self, agent: Agent, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    def _agent_metrics(self, agent: Agent, outputs: tuple[Tensor, ...], turns: list[PositionInfo]) -> dict[str, Tensor]:
         log_ratio, mask = log_ratio_of(agent.policy, outputs, agent.data), agent.data.get("mask", None)
-
-        def share_outside(surrogate: str) -> Tensor:
-            low, high = F.SURROGATES[surrogate].log_bounds(*self.epsilon)
-            return F.masked_mean(((log_ratio < low) | (log_ratio > high)).to(log_ratio.dtype), mask)
-
-        shares = {"clip_fraction": share_outside("clip"), "outside_fraction": share_outside(self.surrogate)}
-        return super()._policy_metrics(agent, outputs) | shares
+        shares = {
+            "clip_fraction": F.share_outside("clip", log_ratio, self.epsilon, mask),
+            "outside_fraction": F.share_outside(self.surrogate, log_ratio, self.epsilon, mask),
+        }
+        return super()._agent_metrics(agent, outputs, turns) | shares
 
 
 @dataclass

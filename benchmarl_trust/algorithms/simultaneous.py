@@ -1,6 +1,8 @@
 """The algorithms whose agents all move at once, in BenchMARL's own loop."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -39,6 +41,7 @@ class Simultaneous(TrustRegion):
 
     def _get_loss(self, group: str, policy_for_loss: TensorDictModule, continuous: bool) -> tuple[LossModule, bool]:
         self._policies[group] = policy_for_loss
+        head_of(policy_for_loss.module[-1])  # refuses a distribution whose KL is not known
         return super()._get_loss(group, policy_for_loss, continuous)
 
     def process_batch(self, group: str, batch: TensorDictBase) -> TensorDictBase:
@@ -49,26 +52,25 @@ class Simultaneous(TrustRegion):
         """
         newest = batch.shape[0]
         batch = super().process_batch(group, batch)
-        advantage = F.normalize_advantage(
-            batch[group, "advantage"], self.normalize_advantage, batch.get((group, "mask"), None)
-        )
+        mask = self.estimator.mask(group, batch)
+        advantage = F.normalize_advantage(batch[group, "advantage"], self.normalize_advantage, mask)
         batch.set((group, "advantage"), advantage)
         if self.model_config.is_rnn:
             loss, _ = self.get_loss_and_updater(group)
             batch.set(loss.tensor_keys.sample_log_prob, loss.current_log_prob(batch))
         frames = self.experiment_config.train_minibatch_size(self.on_policy)
-        self.policy_metrics.remember(
-            group, self._policies[group], self.as_sampled(group, batch[-newest:]), chunk=frames
-        )
+        parts = batch[-newest:].split(max(1, frames // batch.shape[1]))
+        self.policy_metrics.remember(group, self._policies[group], partial(self.as_sampled, group), parts)
         return batch
 
 
 class _Before(NamedTuple):
     """A group's policy as it was at the start of the iteration, on the newest batch."""
 
-    policy: TensorDictSequential
+    body: TensorDictSequential
     head: Head
-    inputs: list[TensorDictBase]
+    as_sampled: Callable[[TensorDictBase], TensorDictBase]
+    parts: Sequence[TensorDictBase]
     outputs: tuple[Tensor, ...]
     mask: Tensor | None
 
@@ -86,39 +88,50 @@ class PolicyMetrics(Callback):
         self._before: dict[str, _Before] = {}
 
     @torch.no_grad()
-    def remember(self, group: str, actor: ProbabilisticTensorDictSequential, batch: TensorDictBase, chunk: int) -> None:
+    def remember(
+        self,
+        group: str,
+        actor: ProbabilisticTensorDictSequential,
+        as_sampled: Callable[[TensorDictBase], TensorDictBase],
+        parts: Sequence[TensorDictBase],
+    ) -> None:
         """Keep what the policy says of this batch before it is trained.
 
         Args:
             group (str): the policy's.
             actor (ProbabilisticTensorDictSequential): its last module is the distribution.
-            batch (TensorDictBase): [B, T], what the policy reads.
-            chunk (int): frames per forward pass.
+            as_sampled (callable): makes of a part of the batch what the policy reads. It is called on a part at a time
+                and its result not kept: floats of images take four times their bytes.
+            parts (sequence of TensorDictBase): the batch, [B, T], a forward pass for each.
         """
         head, body = head_of(actor.module[-1]), TensorDictSequential(*actor.module[:-1])
-        keys = dict.fromkeys([*body.in_keys, *head.keys])
-        inputs = batch.select(*(key for key in keys if key not in body.out_keys), strict=False).detach()
-        parts = list(inputs.split(max(1, chunk // batch.shape[1])))
-        mask = batch.get((group, "mask"), None)
-        self._before[group] = _Before(body, head, parts, _outputs(body, head, parts), mask)
+        masks = [part.get((group, "mask"), None) for part in parts]
+        mask = None if masks[0] is None else torch.cat(masks)
+        self._before[group] = _Before(body, head, as_sampled, parts, _outputs(body, head, as_sampled, parts), mask)
 
     @torch.no_grad()
     def on_train_end(self, training_td: TensorDictBase, group: str) -> None:
         """Log them."""
         if group not in self._before:
             return  # a group of an ensemble with another algorithm
-        before = self._before.pop(group)
-        kl = before.head.kl(before.outputs, _outputs(before.policy, before.head, before.inputs))
-        metrics = each_and_mean("kl", mean_of_each(kl, before.mask))
+        body, head, as_sampled, parts, outputs, mask = self._before.pop(group)
+        kl = head.kl(outputs, _outputs(body, head, as_sampled, parts))
+        metrics = each_and_mean("kl", mean_of_each(kl, mask))
         metrics |= {"ratio_min": training_td["ratio_min"].min(), "ratio_max": training_td["ratio_max"].max()}
         self.experiment.logger.log(
             to_host(metrics, prefix=f"train/{group}/policy/"), step=self.experiment.n_iters_performed
         )
 
 
-def _outputs(body: TensorDictSequential, head: Head, parts: list[TensorDictBase]) -> tuple[Tensor, ...]:
+def _outputs(
+    body: TensorDictSequential,
+    head: Head,
+    as_sampled: Callable[[TensorDictBase], TensorDictBase],
+    parts: Sequence[TensorDictBase],
+) -> tuple[Tensor, ...]:
     """The distribution's parameters of all agents, each [B, T, N, ...]."""
-    outputs = [body(part.copy()) for part in parts]
+    keys = [*body.in_keys, *(key for key in head.keys if key not in body.out_keys)]
+    outputs = [body(as_sampled(part).select(*keys, strict=False)) for part in parts]
     return tuple(torch.cat([output.get(key) for output in outputs]) for key in head.keys)
 
 

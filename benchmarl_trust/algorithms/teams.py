@@ -4,6 +4,7 @@ import torch
 from benchmarl.algorithms import EnsembleAlgorithmConfig
 from benchmarl.experiment import Experiment
 from tensordict import TensorDictBase
+from torch import Tensor
 
 from benchmarl_trust.algorithms.checks import refuse
 
@@ -49,7 +50,9 @@ class Teams:
         return group == [name for name in self.experiment.train_group_map if name in self.of(group)][-1]
 
     def check_rewards(self, batch: TensorDictBase) -> None:
-        """One joint advantage needs one joint reward: compare the groups of each team, in every batch."""
+        """One joint advantage needs one joint reward: compare the groups of each team, in every batch, by what those
+        present are paid.
+        """
         for team in self.teams:
             missing = [group for group in team if group not in self.experiment.train_group_map]
             if missing and len(team) > 1:
@@ -57,13 +60,24 @@ class Teams:
                     f"algorithm.teams: of the team {'+'.join(team)} the group {missing[0]} is not trained; a team's "
                     "compound ratio needs all of its groups. Take it out of the team, or train it."
                 )
-            first, *others = (batch.get(("next", group, "reward"), None) for group in team)
-            for group, reward in zip(team[1:], others, strict=True):
-                if first is None or reward is None:
+            first, *others = (_paid(group, batch) for group in team)
+            for group, other in zip(team[1:], others, strict=True):
+                if first is None or other is None:
                     continue  # a reward at the root belongs to all groups
-                if not torch.allclose(first.mean(-2), reward.mean(-2), rtol=1e-4, atol=1e-5):
+                (one, here), (two, there) = first, other
+                if not torch.allclose(one[here & there], two[here & there], rtol=1e-4, atol=1e-5):
                     raise ValueError(
                         f"algorithm.teams: the groups {team[0]} and {group} are paid differently (their mean rewards "
                         "differ in the collected batch), so they have no joint advantage. Put only groups with the "
                         "same reward into a team."
                     )
+
+
+def _paid(group: str, batch: TensorDictBase) -> tuple[Tensor, Tensor] | None:
+    """The mean reward of the group's agents that are present, and where any is, both [*, 1]."""
+    reward = batch.get(("next", group, "reward"), None)
+    if reward is None:
+        return None
+    mask = batch.get((group, "mask"), torch.ones_like(reward[..., 0], dtype=torch.bool)).unsqueeze(-1)
+    total = torch.where(mask, reward, 0).sum(-2)
+    return total / mask.sum(-2).clamp(min=1), mask.any(-2)

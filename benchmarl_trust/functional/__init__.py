@@ -6,6 +6,7 @@ from benchmarl_trust.functional.advantage import (
     team_advantage,
     temporal_difference,
 )
+from benchmarl_trust.functional.checks import check_choice, check_number, check_same_shape
 from benchmarl_trust.functional.conjugate_gradient import Solution, conjugate_gradient
 from benchmarl_trust.functional.distribution import (
     categorical_entropy,
@@ -29,7 +30,6 @@ from benchmarl_trust.functional.line_search import Search, line_search
 from benchmarl_trust.functional.ratio import (
     FACTORS,
     Weighting,
-    check_same_shape,
     effective_sample_size,
     factor_weight,
     log_ratio,
@@ -46,7 +46,9 @@ from benchmarl_trust.functional.surrogate import (
     quadratic_gain,
     radius,
     reciprocal_gain,
+    share_outside,
     surrogate_objective,
+    weighted_gain,
 )
 
 __all__ = [
@@ -63,7 +65,9 @@ __all__ = [
     "categorical_kl",
     "categorical_log_prob",
     "categorical_log_probs",
+    "check_choice",
     "check_gpae",
+    "check_number",
     "check_same_shape",
     "check_surrogate",
     "clip_gain",
@@ -86,10 +90,12 @@ __all__ = [
     "quadratic_gain",
     "radius",
     "reciprocal_gain",
+    "share_outside",
     "squashed_normal_entropy",
     "surrogate_objective",
     "team_advantage",
     "temporal_difference",
     "trace_coefficient",
     "uniform_budget",
+    "weighted_gain",
 ]

@@ -6,6 +6,8 @@ Shapes: ``[*]`` stands for any batch dimensions, such as [B] or [B, T]; N is the
 import torch
 from torch import Tensor
 
+from benchmarl_trust.functional.checks import check_choice
+
 NORMALIZATIONS = ("none", "batch", "per_agent")
 
 
@@ -34,8 +36,7 @@ def normalize_advantage(advantage: Tensor, over: str, mask: Tensor | None = None
         >>> normalize_advantage(torch.tensor([[[1.0]], [[3.0]]]), "batch").flatten()
         tensor([-1.,  1.])
     """
-    if over not in NORMALIZATIONS:
-        raise ValueError(f"normalize_advantage={over!r} is unknown: choose one of {', '.join(NORMALIZATIONS)}.")
+    check_choice("normalize_advantage", over, NORMALIZATIONS)
     if over == "none":
         return advantage
     mask = torch.ones_like(advantage, dtype=torch.bool) if mask is None else mask.unsqueeze(-1)

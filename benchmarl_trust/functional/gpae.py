@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarl_trust.functional.ratio import check_same_shape
+from benchmarl_trust.functional.checks import check_choice, check_number, check_same_shape
 
 #: A log-ratio beyond this counts as this: e^20 = 5e8 is past every cap, and the sum over agents stays finite.
 LOG_RATIO_BOUND = 20.0
@@ -48,16 +48,14 @@ def check_gpae(truncation: str, eta: float, lmbda: float, gamma: float, prefix: 
     Examples:
         >>> check_gpae("dt", eta=1.02, lmbda=0.95, gamma=0.99)
     """
-    if truncation not in TRACES:
-        raise ValueError(f"{prefix}truncation={truncation} is unknown: choose one of {', '.join(TRACES)}.")
-    if not eta >= 1:
+    check_choice(f"{prefix}truncation", truncation, TRACES)
+    if not isinstance(eta, int | float) or not eta >= 1:
         raise ValueError(
             f"{prefix}eta={eta}: the cap η on the teammates' joint ratio must be at least 1, or it would shorten the "
             "traces of on-policy data too. The authors use 1.02 to 1.05."
         )
     for name, value in (("lmbda", lmbda), ("gamma", gamma)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{prefix}{name}={value} must lie in [0, 1].")
+        check_number(f"{prefix}{name}", value, usual=0.95 if name == "lmbda" else 0.99, least=0, most=1)
 
 
 def trace_coefficient(

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarl_trust.functional.checks import check_choice, check_same_shape
+
 #: The largest log M that weighs a loss without a cap.
 LOG_FACTOR_BOUND = 20.0
 
@@ -103,19 +105,19 @@ class Weighting(NamedTuple):
 
     @property
     def total(self) -> Tensor:
-        """W g: what the advantage is multiplied by where the agent has not moved yet, [*]."""
+        """The product w g: what the advantage is multiplied by where the agent has not moved yet, [*]."""
         return self.weight if self.shift is None else self.weight * self.shift.exp()
 
 
 #: Bounds of log M by the name of the factor: (log M, ε) -> log of what weighs a loss.
-FACTORS: dict[str, Callable[[Tensor, float], Tensor]] = {
+FACTORS: dict[str, Callable[[Tensor, float | None], Tensor]] = {
     "full": lambda log_factor, epsilon: log_factor.clamp(max=LOG_FACTOR_BOUND),
     "capped": lambda log_factor, epsilon: log_factor.clamp(max=0),
     "inside_clip": lambda log_factor, epsilon: log_factor.clamp(math.log1p(-epsilon / 2), math.log1p(epsilon / 2)),
 }
 
 
-def factor_weight(log_factor: Tensor, factor: str = "full", epsilon: float = 0.2) -> Weighting:
+def factor_weight(log_factor: Tensor, factor: str = "full", epsilon: float | None = None) -> Weighting:
     r"""The weight that the compound ratio M of the agents already updated gives to the next agent's loss.
 
     .. math:: M = \prod_{j \text{ before } i} r_j
@@ -136,12 +138,12 @@ def factor_weight(log_factor: Tensor, factor: str = "full", epsilon: float = 0.2
     Args:
         log_factor (Tensor): log M, [*].
         factor (str): a key of :data:`FACTORS`.
-        epsilon (float): ε, read by ``inside_clip`` alone.
+        epsilon (float, optional): ε, needed by ``inside_clip`` alone.
 
     Returns: a :class:`Weighting`.
 
     Raises:
-        ValueError: if ``factor`` is unknown.
+        ValueError: if ``factor`` is unknown, or ``inside_clip`` has no ε.
 
     Examples:
         >>> factor_weight(torch.tensor([0.5, 2.0]).log(), "capped").weight
@@ -149,26 +151,10 @@ def factor_weight(log_factor: Tensor, factor: str = "full", epsilon: float = 0.2
         >>> factor_weight(torch.tensor([0.5, 2.0]).log(), "inside_clip", epsilon=0.2).total
         tensor([0.9000, 1.1000])
     """
-    if factor not in FACTORS:
-        raise ValueError(f"factor={factor!r} is unknown: choose one of {', '.join(FACTORS)}.")
+    check_choice("factor", factor, FACTORS)
+    if factor == "inside_clip" and epsilon is None:
+        raise ValueError("factor=inside_clip bounds M by epsilon, which is missing: give it that of the clip.")
     bounded = FACTORS[factor](log_factor, epsilon)
     if factor == "inside_clip":
         return Weighting(torch.ones_like(bounded), bounded)
     return Weighting(bounded.exp(), None)
-
-
-def check_same_shape(**tensors: Tensor) -> None:
-    """Raise if the named tensors differ in shape.
-
-    Raises:
-        ValueError: with every name and shape.
-
-    Examples:
-        >>> check_same_shape(a=torch.zeros(3), b=torch.ones(3))
-    """
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if len(set(shapes.values())) > 1:
-        raise ValueError(
-            f"Shapes differ: {shapes}. Broadcasting them would mix samples of different agents; give all of them "
-            "the same shape (the usual slip is a missing or an extra trailing dimension of 1)."
-        )

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarl_trust.functional.ratio import check_same_shape, masked_mean
+from benchmarl_trust.functional.checks import check_same_shape
+from benchmarl_trust.functional.ratio import masked_mean
 
 #: From this log-ratio on, before its exponentials overflow, a gain goes on linearly; the reciprocal one on both sides.
 #: exp(10) = 22026 is far outside any trust region, while the square of a ratio leaves float32 at a log-ratio of 44.
@@ -223,6 +224,48 @@ SURROGATES: dict[str, Surrogate] = {
 }
 
 
+def weighted_gain(
+    name: str, log_ratio: Tensor, advantage: Tensor, weight: Tensor | float, epsilon: Epsilon, shift: Tensor | None
+) -> Tensor:
+    r"""What each sample contributes, :math:`w · \mathrm{gain}(x + \log g, A)`.
+
+    Args:
+        name (str): a key of :data:`SURROGATES`.
+        log_ratio (Tensor): x, any shape.
+        advantage (Tensor): A, the same shape.
+        weight (Tensor or float): w, broadcasting against them.
+        epsilon (float, pair or Tensor): ε.
+        shift (Tensor, optional): log g, broadcasting against them: a factor inside the gain; None: g = 1.
+
+    Returns: the shape of ``log_ratio``, to be maximised.
+
+    Examples:
+        >>> weighted_gain("clip", torch.zeros(2), torch.ones(2), 0.5, 0.2, torch.tensor([0.0, 1.0]))
+        tensor([0.5000, 0.6000])
+    """
+    shifted = log_ratio if shift is None else log_ratio + shift
+    return weight * SURROGATES[name].gain(shifted, advantage, epsilon)
+
+
+def share_outside(name: str, log_ratio: Tensor, epsilon: tuple[float, float], mask: Tensor | None = None) -> Tensor:
+    """The share of ratios beyond the optima of a surrogate: for ``clip``, outside [1 - ε, 1 + ε].
+
+    Args:
+        name (str): a key of :data:`SURROGATES`.
+        log_ratio (Tensor): x, any shape.
+        epsilon (pair of floats): ε where A < 0, where A ≥ 0.
+        mask (Tensor, optional): boolean, the same shape.
+
+    Returns: a scalar.
+
+    Examples:
+        >>> share_outside("clip", torch.tensor([0.7, 1.0, 1.1, 1.3]).log(), (0.2, 0.2))
+        tensor(0.5000)
+    """
+    low, high = SURROGATES[name].log_bounds(*epsilon)
+    return masked_mean(((log_ratio < low) | (log_ratio > high)).to(log_ratio.dtype), mask)
+
+
 def surrogate_objective(
     name: str,
     log_ratio: Tensor,
@@ -256,8 +299,7 @@ def surrogate_objective(
     check_same_shape(log_ratio=log_ratio, advantage=advantage, weight=weight)
     if shift is not None:
         check_same_shape(log_ratio=log_ratio, shift=shift)
-        log_ratio = log_ratio + shift
-    return masked_mean(weight * SURROGATES[name].gain(log_ratio, advantage, epsilon), mask)
+    return masked_mean(weighted_gain(name, log_ratio, advantage, weight, epsilon, shift), mask)
 
 
 def check_surrogate(name: str, epsilon: float | tuple[float, float], key: str = "epsilon") -> None:

@@ -21,10 +21,9 @@ class SurrogateLoss(PPOLoss):
         x = \log π_θ(a|o) - \log π_{old}(a|o)
 
     With ``surrogate="clip"`` this is :class:`torchrl.objectives.ClipPPOLoss` (up to a log-ratio of 10); with
-    ``"quadratic"`` it is MASPO,
-    with ``"reciprocal"`` MARS (see :mod:`benchmarl_trust.functional.surrogate` for the formulas and for which of
-    them are reconstructed). Everything else is inherited: advantages by ``make_value_estimator``, critic loss,
-    entropy, ``set_keys``, functional parameters.
+    ``"quadratic"`` it is MASPO, with ``"reciprocal"`` MARS (see :mod:`benchmarl_trust.functional.surrogate` for the
+    formulas and for which of them are reconstructed). Everything else is inherited: advantages by
+    ``make_value_estimator``, critic loss, entropy, ``set_keys``, functional parameters.
 
     Shapes, with [*] the batch of the tensordict and N the agents of the group: ``sample_log_prob`` [*, N],
     ``advantage`` and ``value_target`` [*, N, 1], ``mask`` [*, N]. Without an agent dimension drop the N.
@@ -32,7 +31,7 @@ class SurrogateLoss(PPOLoss):
     Args:
         actor_network (ProbabilisticTensorDictSequential): the policy; all agents of a group at once.
         critic_network (TensorDictModule, optional): the value network. Without it only the policy is trained.
-        surrogate (str): ``clip``, ``quadratic``, ``reciprocal`` or ``log``.
+        surrogate (str): ``clip``, ``quadratic``, ``reciprocal``, ``log``, or ``linear``, which has no trust region.
         epsilon (float or tuple of two floats): the radius of the trust region; a pair gives the radii for A < 0 and
             for A ≥ 0.
         factor (str): how a factor M in the batch weighs: ``full`` (HAPPO), ``capped`` (clip-HAPPO) or ``inside_clip``
@@ -108,8 +107,9 @@ class SurrogateLoss(PPOLoss):
     ):
         pair = (epsilon, epsilon) if isinstance(epsilon, int | float) else tuple(epsilon)
         F.check_surrogate(surrogate, pair)
-        if factor not in F.FACTORS:
-            raise ValueError(f"factor={factor!r} is unknown: choose one of {', '.join(F.FACTORS)}.")
+        F.check_choice("factor", factor, F.FACTORS)
+        if factor == "inside_clip" and surrogate != "clip":
+            raise ValueError(f"factor=inside_clip: surrogate={surrogate} has no clip for it to be inside of. Use clip.")
         if kwargs.get("normalize_advantage"):
             raise ValueError(
                 "normalize_advantage normalises each minibatch apart in TorchRL, which this loss does not do: "
@@ -166,9 +166,8 @@ class SurrogateLoss(PPOLoss):
         self._check_shape(log_ratio.squeeze(-1), advantage)
         log_ratio = log_ratio if mask is None else torch.where(mask.unsqueeze(-1), log_ratio, 0)
         weight, shift = self._factor(tensordict, advantage)
-        x = log_ratio if shift is None else log_ratio + shift
-        gain = F.SURROGATES[self.surrogate].gain(x, advantage, self.epsilon)
-        gain = weight * self._importance(tensordict, advantage, mask) * gain
+        weight = weight * self._importance(tensordict, advantage, mask)
+        gain = F.weighted_gain(self.surrogate, log_ratio, advantage, weight, self.epsilon, shift)
 
         out = TensorDict({"loss_objective": self._reduce(-gain, mask)})
         has_agents = advantage.ndim > tensordict.ndim + 1
@@ -247,18 +246,11 @@ class SurrogateLoss(PPOLoss):
         mask = torch.ones_like(log_ratio, dtype=torch.bool) if mask is None else mask
         if not has_agents:  # then the last dimension is not theirs
             log_ratio, mask = log_ratio.reshape(-1, 1), mask.reshape(-1, 1)
-        low, high = F.SURROGATES[self.surrogate].log_bounds(*self.epsilon)
-        clip_low, clip_high = F.SURROGATES["clip"].log_bounds(*self.epsilon)
-        dtype = log_ratio.dtype
-
-        def share(outside: Tensor) -> Tensor:
-            return F.masked_mean(outside.to(dtype), mask)
-
         return TensorDict(
             {
                 "kl_approx": F.masked_mean(-log_ratio, mask),
-                "clip_fraction": share((log_ratio < clip_low) | (log_ratio > clip_high)),
-                "outside_fraction": share((log_ratio < low) | (log_ratio > high)),
+                "clip_fraction": F.share_outside("clip", log_ratio, self.epsilon, mask),
+                "outside_fraction": F.share_outside(self.surrogate, log_ratio, self.epsilon, mask),
                 "ratio_min": log_ratio.masked_fill(~mask, torch.inf).min().exp(),
                 "ratio_max": log_ratio.masked_fill(~mask, -torch.inf).max().exp(),
                 "ESS": F.masked_mean(F.effective_sample_size(log_ratio, mask), mask.reshape(-1, mask.shape[-1]).any(0)),

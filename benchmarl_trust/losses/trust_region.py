@@ -26,14 +26,15 @@ class TrustRegionLoss(LossModule):
         policy (AgentPolicy): the agent's policy.
         surrogate (str): a key of :data:`benchmarl_trust.functional.SURROGATES`; ``linear`` is r A.
         epsilon (float or pair): for gains that have one.
+        factor (str): how a factor M in the data weighs, ``full`` (HATRPO) or ``capped`` (clip-HATRPO).
 
     Keys: those of :class:`benchmarl_trust.policy.Agent`'s data, ``inputs``, ``action``, ``advantage`` [*],
-    ``old_log_prob`` [*], ``old_0``, ``old_1``, optionally ``mask`` [*] and ``weight`` [*], the w(M) (1 without it).
+    ``old_log_prob`` [*], ``old_0``, ``old_1``, optionally ``mask`` [*] and ``factor`` [*], the M (1 without it).
 
     Returns, from ``forward``: ``loss_objective``, -J, and ``kl`` in nats, scalars.
 
     Raises:
-        ValueError: if log-probs, advantages and weights differ in shape.
+        ValueError: if log-probs, advantages and factors differ in shape.
 
     Examples:
         >>> from torchrl.modules import MultiAgentMLP
@@ -54,19 +55,22 @@ class TrustRegionLoss(LossModule):
     out_keys = ("loss_objective", "kl")
     functional = False
 
-    def __init__(self, policy: AgentPolicy, surrogate: str = "linear", epsilon: F.Epsilon = 0.2):
+    def __init__(self, policy: AgentPolicy, surrogate: str = "linear", epsilon: F.Epsilon = 0.2, factor: str = "full"):
         F.check_surrogate(surrogate, epsilon)
+        F.check_choice("factor", factor, ("full", "capped"))
         super().__init__()
         self.policy = policy
         self.body = policy.body
         self.surrogate = surrogate
         self.epsilon = epsilon
+        self.factor = factor
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Both, at the policy as it is now."""
         outputs = self.policy.forward(tensordict["inputs"].copy())
-        weight = tensordict.get("weight", None)
-        weight = torch.ones_like(tensordict["advantage"]) if weight is None else weight
+        factor = tensordict.get("factor", None)
+        log_factor = torch.zeros_like(tensordict["advantage"]) if factor is None else factor.log()
+        weight = F.factor_weight(log_factor, self.factor).weight
         objective = surrogate_of(self.policy, outputs, tensordict, weight, self.surrogate, self.epsilon)
         kl = kl_of(self.policy, old_outputs(tensordict), outputs, tensordict)
         return TensorDict({"loss_objective": -objective, "kl": kl})

@@ -98,13 +98,13 @@ def head_of(module: ProbabilisticTensorDictModule) -> Head:
         ValueError: for a distribution whose KL is not known here, or with ``tanh_loc``.
     """
     if module.distribution_kwargs.get("tanh_loc"):
-        raise ValueError("Sequential updates do not know tanh_loc=True: leave it out of the distribution_kwargs.")
+        raise ValueError("tanh_loc=True is not known here: leave it out of the distribution_kwargs.")
     try:
         return _HEADS[module.distribution_class](module)
     except KeyError:
         names = ", ".join(kind.__name__ for kind in _HEADS)
         raise ValueError(
-            f"Sequential updates know the distributions {names}; the policy has {module.distribution_class.__name__}."
+            f"The KL is known of the distributions {names}; the policy has {module.distribution_class.__name__}."
         ) from None
 
 

@@ -29,7 +29,8 @@ class FiniteGuard(Callback):
 
     Data, before it is learned from: an observation, reward, action, log-prob or state that is NaN or infinite in the
     collected batch raises a ``ValueError`` before any group is trained on it. Actions, log-probs and rewards of agents
-    that ``(group, "mask")`` marks as absent are not looked at.
+    that ``(group, "mask")`` marks as absent are not looked at, nor are sums of rewards, which keep a NaN after its
+    agent has come back.
 
     Numerics: BenchMARL's loop steps on any gradient. A pre-step hook on every optimizer that it steps removes a
     gradient whose norm is not finite, so that the step changes neither parameters nor optimizer state. That includes
@@ -87,7 +88,7 @@ class FiniteGuard(Callback):
         checked = {
             key: value
             for key, value in batch.items(include_nested=True, leaves_only=True)
-            if value.is_floating_point() and "info" not in _path(key)
+            if value.is_floating_point() and "info" not in _path(key) and _path(key)[-1] != "episode_reward"
         }
         bad = {key: _nonfinite(batch, key, value) for key, value in checked.items()}
         if not torch.stack([entries.any() for entries in bad.values()]).any():
@@ -192,7 +193,7 @@ def _nonfinite(batch: TensorDictBase, key: str | tuple, value: Tensor) -> Tensor
     bad = ~value.isfinite()
     *group, name = (part for part in _path(key) if part != "next")
     mask = batch.get((*group, "mask"), None) if group else None
-    if mask is None or name not in ("action", "log_prob", "reward", "episode_reward"):
+    if mask is None or name not in ("action", "log_prob", "reward"):
         return bad
     return bad & mask.reshape(*mask.shape, *[1] * (bad.ndim - mask.ndim))
 

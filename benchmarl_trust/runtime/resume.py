@@ -118,7 +118,8 @@ class LatestCheckpoint(Callback):
 
     BenchMARL writes a checkpoint in place, and with ``experiment.keep_checkpoints_num`` it deletes the oldest one
     first: a run that is killed meanwhile may leave nothing but half a file. This file is written under another name and
-    then takes its place in one step. It must be the last callback, so that the entries of all others are in it.
+    then takes its place in one step. It must come behind all callbacks that save something, so that their entries are
+    in it.
     """
 
     @classmethod

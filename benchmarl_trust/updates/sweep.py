@@ -1,8 +1,8 @@
 """The sequential sweep: agents move one after another, each weighted by what the others did before it.
 
-Where is the sequential advantage? In :func:`sweep`: the line that computes ``weight`` from ``log_factor``, the
-compound ratio M of the agents already updated. The advantage A is the same for all; agent i's loss is
-mean(w(M) · gain(x_i, A)).
+Where is the sequential advantage? In :func:`sweep`: the line that computes ``weighting`` from ``log_factor``, the
+logarithm of the compound ratio M of the agents already updated. Agent i's loss is mean(w(M) · gain(x_i, A)). A is what
+it was at the start of the iteration, unless ``advantage`` corrects it at each turn (A2PO).
 
 Shapes: [*] is [B], or [B, T] for recurrent policies. A *row* is an entry of the first dimension: a step, or a sequence.
 """
@@ -37,8 +37,8 @@ class PositionInfo(NamedTuple):
         advantage_variance (Tensor): Var(w(M) A).
         step (StepInfo or another named tuple of scalars): its step.
         finite (Tensor): False if the step was undone.
-        log_ratio (Tensor): its log-ratio after the step, [*].
-        outputs (tuple of Tensor): its distribution's parameters after the step, each [*, ...].
+        log_ratio (Tensor, optional): its log-ratio after the step, [*]; None once it is of no use any more.
+        outputs (tuple of Tensor): its distribution's parameters after the step, each [*, ...]; then empty.
     """
 
     agent: int
@@ -48,7 +48,7 @@ class PositionInfo(NamedTuple):
     advantage_variance: Tensor
     step: StepInfo
     finite: Tensor
-    log_ratio: Tensor
+    log_ratio: Tensor | None
     outputs: tuple[Tensor, ...]
 
 
@@ -67,7 +67,7 @@ def sweep(
     factor: str = "full",
     rows: Tensor | None = None,
     chunk: int | None = None,
-    epsilon: float = 0.2,
+    epsilon: float | None = None,
     advantage: Advantage | None = None,
 ) -> list[PositionInfo]:
     r"""Update the agents in the given order.
@@ -76,8 +76,8 @@ def sweep(
         \quad M ← M · r_i(\text{after the step})
 
     Where the data is of an older policy μ (``log_importance`` in the agents' data) the chain starts there: the loss's
-    weight is w(M) π_i^old/μ_i, and M is multiplied by the whole π_i/μ_i. Two agents with μ, old, new = .8, .5, .6 for
-    the first show why: E_μ[new/μ] = 1, but E_μ[new/old] = 1.12.
+    weight is w(M) π_i^old/μ_i, and M is multiplied by the whole π_i/μ_i. Agents that have not moved count as μ has
+    them. Two agents with μ, old, new = .8, .5, .6 for the first show why: E_μ[new/μ] = 1, but E_μ[new/old] = 1.12.
 
     Source: Kuba et al. 2022, arXiv 2109.11251; the cap on w: Le & Ta, arXiv 2606.25526; the factor inside the clip:
     Wang et al. 2023 (all the authors' code); older data: derived here.
@@ -93,7 +93,7 @@ def sweep(
             into the step's data, as its ``shift``.
         rows (Tensor, optional): which rows of the data to use; None for all of them.
         chunk (int, optional): rows per forward pass where no gradient is needed; None for all at once.
-        epsilon (float): ε, read by ``factor="inside_clip"`` alone.
+        epsilon (float, optional): ε by which ``factor="inside_clip"`` bounds M, needed by it alone.
         advantage (callable, optional): ``advantage(i, log_factor)`` gives agent i's advantages [*] at its turn; None:
             those in its data.
 

@@ -133,12 +133,12 @@ class TestCorrection:
         algorithm, seen = experiment.algorithm, []
         original = sequential_module.sweep
 
-        def watched(agents, order, step, factor, rows, chunk, epsilon, advantage):
+        def watched(*args, advantage, **kwargs):
             def asked(i, log_factor):
                 seen.append((i, log_factor.clone(), advantage(i, log_factor)))
                 return seen[-1][2]
 
-            return original(agents, order, step, factor, rows, chunk, epsilon, asked)
+            return original(*args, advantage=asked, **kwargs)
 
         monkeypatch.setattr(sequential_module, "sweep", watched)
         batch = next(iter(experiment.collector))

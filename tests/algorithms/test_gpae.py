@@ -4,7 +4,7 @@ import pytest
 import torch
 from benchmarl.algorithms import EnsembleAlgorithmConfig, MappoConfig
 from benchmarl.environments import VmasTask
-from benchmarl.experiment import Experiment
+from benchmarl.experiment import Callback, Experiment
 from benchmarl.models import CnnConfig, DeepsetsConfig, GruConfig, LstmConfig
 from benchmarl.models.common import EnsembleModelConfig
 from conftest import scalars
@@ -13,7 +13,7 @@ from problems import CNN, RNN, SETS, gnn, mlp, sequence
 from tensordict import TensorDict
 from torchrl.data import Categorical, Composite, Unbounded
 
-from benchmarl_trust import GpaeConfig
+from benchmarl_trust import GpaeConfig, HappoConfig
 from benchmarl_trust import functional as F
 from benchmarl_trust.algorithms.estimators import counterfactual_critic
 
@@ -128,12 +128,12 @@ def test_a_graph_network_does_not_take_a_state():
         del STATE_MODELS["gnn"]
 
 
-def config(**settings):
-    gpae = GpaeConfig.get_from_yaml()
+def config(kind=GpaeConfig, **settings):
+    config = kind.get_from_yaml()
     for key, value in settings.items():
-        assert hasattr(gpae, key), key
-        setattr(gpae, key, value)
-    return gpae
+        assert hasattr(config, key), key
+        setattr(config, key, value)
+    return config
 
 
 @pytest.mark.parametrize("model", ["mlp", "gru"])
@@ -241,6 +241,53 @@ def test_a_sample_counts_with_its_importance_weight(make_experiment):
     gain = torch.minimum(ratio * advantage, torch.clamp(ratio, old * 0.8, old * 1.2) * advantage)
     assert (old - 1).abs().max() > 1e-3
     torch.testing.assert_close(out, -gain.mean(), rtol=1e-4, atol=1e-6)
+
+
+class SpoilKept(Callback):
+    """Makes ratios of data that is kept not finite: of one agent NaN, of another infinite."""
+
+    def on_train_end(self, training_td, group):
+        log_prob = self.experiment.replay_buffers[group].storage[:40][group, "log_prob"]
+        log_prob[:10, 1], log_prob[5:20, 2] = torch.nan, -torch.inf
+
+
+@pytest.mark.parametrize("over", ["batch", "per_agent"])
+@pytest.mark.parametrize("kind", [GpaeConfig, HappoConfig])
+def test_samples_whose_ratio_is_not_finite_change_neither_loss_nor_normalisation(kind, over, make_experiment):
+    settings = {"estimator": "gpae", "n_rollouts": 2, "normalize_advantage": over}
+    experiment = make_experiment(config(kind, **settings), task=StandInTask(), callbacks=[SpoilKept()])
+    algorithm, seen = experiment.algorithm, {}
+    if kind is HappoConfig:  # what the agents are given to learn from
+        make_agents = algorithm._agents
+        algorithm._agents = lambda team: seen.setdefault(experiment.n_iters_performed, make_agents(team))
+    else:
+        process = algorithm.process_batch
+
+        def spy(group, batch):
+            batch = process(group, batch)
+            flat = batch.reshape(-1).clone()
+            other = flat.clone()
+            for key in ("advantage", "old_log_prob", "importance_weight"):
+                other["agents", key][~other["agents", "valid"]] = torch.nan
+            losses = [experiment.losses["agents"].actor_loss(td)["loss_objective"].item() for td in (flat, other)]
+            seen[experiment.n_iters_performed] = flat["agents"], losses
+            return batch
+
+        algorithm.process_batch = spy
+    experiment.run()
+    assert scalars(experiment)["train_agents_skipped_steps"] == [0, 0]
+    if kind is HappoConfig:
+        advantage, valid = (torch.stack([a.data[key] for a in seen[1]], -1) for key in ("advantage", "mask"))
+    else:
+        data, losses = seen[1]
+        advantage, valid = data["advantage"].squeeze(-1), data["valid"]
+        gain = data["importance_weight"] * advantage  # the policy is still the one of the iteration's start
+        assert losses == pytest.approx([-gain[valid].mean().item()] * 2, rel=1e-4)
+    assert (~valid).sum(0).tolist() == [0, 10, 15]
+    assert (advantage[~valid] == 0).all()
+    for values in [advantage[valid]] if over == "batch" else [advantage[valid[:, i], i] for i in range(N)]:
+        assert values.mean().item() == pytest.approx(0, abs=1e-6)
+        assert values.std(correction=0).item() == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize(

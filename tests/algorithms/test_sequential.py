@@ -10,7 +10,7 @@ from benchmarl.environments import VmasTask
 from benchmarl.experiment import Callback
 from benchmarl.models import GnnConfig, MlpConfig
 from benchmarl.models.common import SequenceModelConfig
-from cases import CASES
+from cases import CASES, by_family
 from conftest import policy_parameters, scalars
 from environments import CrewTask, StandInTask
 
@@ -20,6 +20,8 @@ from benchmarl_trust.algorithms import sequential_gradient as sequential_module
 sequential = pytest.mark.parametrize(
     "case", [case for case in CASES if case.sequential], ids=[case.id for case in CASES if case.sequential]
 )
+sequential_families = pytest.mark.parametrize("case", by_family(case for case in CASES if case.sequential))
+families_in_teams = pytest.mark.parametrize("case", by_family(case for case in CASES if case.teams))
 
 
 def happo(config=HappoConfig, **settings):
@@ -144,9 +146,10 @@ class TestOrders:
             logged = scalars(run(happo(), seed=seed, max_n_iters=6))
             return list(zip(*(logged[f"train_agents_policy_order_position_{k}"] for k in range(3)), strict=True))
 
-        assert orders(0) == orders(0)
-        assert orders(0) != orders(1)
-        assert len(set(orders(0))) > 2
+        first = orders(0)
+        assert first == orders(0)
+        assert first != orders(1)
+        assert len(set(first)) > 2
 
     def test_own_epochs_and_minibatches(self, make_experiment):
         experiment = make_experiment(happo(actor_epochs=3, actor_minibatch_size=15))
@@ -215,7 +218,7 @@ class Freeze(Callback):
 
 
 class TestTeams:
-    @sequential
+    @families_in_teams
     def test_the_factor_crosses_groups(self, case, run):
         experiment = run(case.config(teams=[["speaker", "listener"]]), task=speaker_listener(), max_n_iters=6)
         logged = scalars(experiment)
@@ -231,7 +234,7 @@ class TestTeams:
             assert len(logged[f"train_{group}_policy_kl_agent_0"]) == 6
             assert set(logged[f"train_{group}_skipped_steps"]) == {0}
 
-    @sequential
+    @families_in_teams
     def test_agents_that_are_absent_leave_the_factor_alone(self, case, make_experiment):
         """The second worker is gone in three steps of five: its ratio, by which M is multiplied, is 1 there."""
         experiment = make_experiment(case.config(teams=[["scout", "workers"]]), task=CrewTask(), max_n_iters=3)
@@ -258,7 +261,7 @@ class TestTeams:
         for group in ("scout", "workers"):
             assert set(logged[f"train_{group}_skipped_steps"]) == {0}
 
-    @sequential
+    @families_in_teams
     def test_an_adversary_outside_the_team_is_a_team_of_its_own(self, case, make_experiment):
         """In simple_crypto alice and bob have one reward and eve another; a callback freezes eve."""
         experiment = make_experiment(
@@ -407,6 +410,30 @@ def test_logs_of_a_shared_policy_are_of_its_final_state(make_experiment):
         assert logged[f"train_agents_policy_clip_fraction_agent_{i}"] == [pytest.approx(outside, abs=1e-6)]
 
 
+def scalars_only(value):
+    """Whether no tensor in it, however deep, has more than one entry, or the memory of more."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and value.untyped_storage().nbytes() <= 8
+    return all(map(scalars_only, value)) if isinstance(value, tuple) else True
+
+
+@pytest.mark.parametrize("name", ["happo", "cliphappo"])
+def test_a_shared_policy_keeps_no_outputs_of_its_minibatches(name, make_experiment):
+    """There is a turn of every agent in every minibatch: memory would grow with epochs, frames and agents."""
+    experiment = make_experiment(ALGORITHMS[name].get_from_yaml(), share_policy_params=True, max_n_iters=1)
+    algorithm, seen = experiment.algorithm, []
+    log = algorithm._log
+
+    def spy(team, agents, infos, chunk):
+        seen.extend(infos)
+        log(team, agents, infos, chunk)
+
+    algorithm._log = spy
+    experiment.run()
+    assert len(seen) == 2 * 2 * 3  # epochs, minibatches, agents
+    assert all(map(scalars_only, seen))
+
+
 class TestSharing:
     def test_a_shared_policy_warns_once_with_the_cure(self, make_experiment):
         with pytest.warns(UserWarning, match="experiment.share_policy_params=False") as record:
@@ -485,7 +512,7 @@ class SpoilOften(SpoilAdvantage):
     iterations = (1, 2, 4, 5, 6)
 
 
-@sequential
+@sequential_families
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "separate"])
 def test_a_bad_turn_is_counted_and_harms_nobody(case, share, make_experiment):
     experiment = make_experiment(

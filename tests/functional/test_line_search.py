@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarl_trust.functional import line_search
+from benchmarl_trust.functional import line_search, normal_kl
 from benchmarl_trust.functional.line_search import KL_SLACK
 
 DOUBLE = torch.float64
@@ -131,6 +131,35 @@ def test_the_bound_itself_is_allowed(bound):
         assert (search.fraction == 1) == taken
         if not taken:
             line.assert_untouched(search, trials=10)
+
+
+@pytest.mark.parametrize(("bound", "share"), [(1e-8, 0.01), (0.01, 1e-4), (10.0, 1.1e-6)])
+def test_a_kl_in_float32_has_the_room_of_its_rounding_and_no_more(bound, share):
+    for kl, taken in ((bound * (1 + 0.9 * share), True), (bound * (1 + 2 * share), False)):
+        theta = torch.zeros(1)
+        found = torch.ones(()), torch.tensor(kl, dtype=torch.float32)
+        search = line_search([theta], [torch.ones(1)], lambda found=found: found, torch.ones(()), bound)
+        assert (search.fraction == 1) == taken
+
+
+def test_full_steps_that_land_on_the_bound_are_taken_in_float32():
+    """Linear policies with fixed deviations: their KL is quadratic, so that √(2δ/q) d costs δ but for rounding."""
+    torch.manual_seed(0)
+    for _ in range(200):
+        observation, theta = torch.randn(400, 6), torch.randn(2, 6)
+        scale = (0.2 + torch.rand(2)).expand(400, 2)
+        bound = 10 ** (-1 - 3 * torch.rand((), dtype=DOUBLE))
+        direction = torch.randn(2, 6, dtype=DOUBLE)
+        curvature = ((observation.double() @ direction.T) / scale).square().sum(-1).mean()
+        step = ((2 * bound / curvature).sqrt() * direction).float()
+        old = observation @ theta.T
+
+        def evaluate(observation=observation, theta=theta, scale=scale, old=old):
+            return torch.ones(()), normal_kl(old, scale, observation @ theta.T, scale).mean()
+
+        search = line_search([theta], [step], evaluate, torch.ones(()), bound)
+        assert search.fraction == 1
+        assert search.kl.item() == pytest.approx(bound.item(), rel=1e-3)
 
 
 def test_a_bound_of_zero():

@@ -34,6 +34,19 @@ def test_effective_sample_size():
     torch.testing.assert_close(effective_sample_size(x[0, :, :2], MASK)[1], effective_sample_size(x[0, ::2, 1:2])[0])
 
 
+def test_effective_sample_size_of_one_agent_without_a_dimension_of_agents():
+    x, present = torch.randn(40, dtype=torch.float64), torch.arange(40) % 3 > 0
+    weight = x.exp()
+    size = effective_sample_size(x)
+    torch.testing.assert_close(size, weight.sum().square() / weight.square().sum() / 40)
+    assert size < 0.9
+    weight = weight[present]
+    torch.testing.assert_close(
+        effective_sample_size(x, present), weight.sum().square() / weight.square().sum() / len(weight)
+    )
+    assert effective_sample_size(x, torch.zeros(40, dtype=torch.bool)) == 0
+
+
 @pytest.mark.parametrize("over", ["batch", "per_agent"])
 @pytest.mark.parametrize("shape", [(50, 3, 1), (10, 5, 3, 1)])
 def test_normalized_advantages_have_mean_zero_and_deviation_one(over, shape):

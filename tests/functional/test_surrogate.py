@@ -129,6 +129,37 @@ def test_epsilon_by_sample(name):
         torch.testing.assert_close(both[i], SURROGATES[name].gain(x, advantage, epsilon)[i])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ALL)
+def test_a_pair_of_epsilons_goes_by_the_sign_of_the_advantage(name, dtype):
+    """Gain and slope are, bit for bit, those of a tensor of epsilons and, where all signs are alike, those of a number.
+
+    Only the clip's log(1 ± ε) of a number is rounded once, and may be off by a unit.
+    """
+    torch.manual_seed(0)
+    x, advantage = torch.randn(2, 500, dtype=dtype)
+    advantage[::50] = 0
+    negative = advantage < 0
+
+    def check_equal(epsilon, other, rows=slice(None), tolerance=0.0):
+        results = []
+        for value in (epsilon, other):
+            part = x[rows].clone().requires_grad_()
+            gain = SURROGATES[name].gain(part, advantage[rows], value)
+            results.append((gain.detach(), *torch.autograd.grad(gain.sum(), part)))
+        torch.testing.assert_close(*results, rtol=tolerance, atol=0)
+
+    each = torch.full_like(advantage, 0.3).masked_fill(negative, 0.1)
+    check_equal((0.1, 0.3), each)
+    check_equal((0.2, 0.2), 0.2)
+    unit = 2 * torch.finfo(dtype).eps if name == "clip" else 0.0
+    check_equal((0.1, 0.3), 0.1, negative, unit)
+    check_equal((0.1, 0.3), 0.3, ~negative, unit)
+    if name != "linear":
+        with pytest.raises(AssertionError):
+            check_equal((0.1, 0.3), 0.3, tolerance=1e-3)
+
+
 @pytest.mark.parametrize("epsilon", [0.0, -0.1, float("nan")])
 @pytest.mark.parametrize("name", ALL)
 def test_epsilon_must_be_positive(name, epsilon):

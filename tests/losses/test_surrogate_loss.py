@@ -6,6 +6,7 @@ from tensordict import TensorDict
 from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
 from tensordict.nn.distributions import NormalParamExtractor
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.modules import MaskedCategorical, TanhNormal
 from torchrl.objectives import ClipPPOLoss
 
@@ -153,6 +154,36 @@ def test_two_epsilons():
     assert torch.equal(as_list, out)
 
 
+class FromHost(TorchDispatchMode):
+    """Counts the operations that make a tensor of the host's data, or a number of a tensor's."""
+
+    NAMES = ("lift_fresh", "_to_copy", "scalar_tensor", "_local_scalar_dense", "copy_")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in self.NAMES
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_a_pair_of_epsilons_copies_nothing_from_the_host(surrogate):
+    """In every minibatch, that is: a copy would wait on a GPU."""
+    actor, critic = networks("categorical")
+    batch, counts = batch_for(actor), {}
+    for epsilon in (0.2, (0.1, 0.2)):
+        loss = surrogate_loss(actor, critic, surrogate, epsilon=epsilon)
+        with FromHost() as mode:
+            loss(batch)["loss_objective"].backward()
+        counts[epsilon] = mode.count
+    assert counts[0.1, 0.2] == counts[0.2]
+    with FromHost() as mode:
+        torch.tensor(0.1)
+        assert mode.count == 1
+
+
 def test_statistics_leave_absent_agents_out():
     actor, critic = networks("categorical")
     batch = batch_for(actor, (4,), distance=0.0)
@@ -161,6 +192,23 @@ def test_statistics_leave_absent_agents_out():
     out = surrogate_loss(actor, critic)(batch)
     for key, value in {"ratio_min": 1.35, "ratio_max": 1.35, "ESS": 1.0, "clip_fraction": 1.0}.items():
         assert out[key].item() == pytest.approx(value), key
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_effective_sample_size_without_a_dimension_of_agents(shape):
+    actor, critic = networks("categorical")
+    batch = batch_for(actor, shape).select("observation")
+    batch["observation"] = batch["observation"][..., 0, :]
+    with torch.no_grad():
+        actor(batch)
+    x = 0.5 * torch.randn(shape, dtype=torch.float64)
+    batch["log_prob"] = batch["log_prob"] - x
+    batch["advantage"] = batch["value_target"] = torch.ones(*shape, 1, dtype=torch.float64)
+    batch["mask"] = torch.rand(shape) < 0.7
+    for td, log_weight in ((batch.exclude("mask"), x), (batch, x[batch["mask"]])):
+        weight = log_weight.exp()
+        expected = weight.sum().square() / weight.square().sum() / weight.numel()
+        torch.testing.assert_close(surrogate_loss(actor, critic)(td)["ESS"], expected)
 
 
 def test_the_factor_weighs_each_step():

@@ -10,17 +10,15 @@ import torch
 from benchmarl.algorithms import EnsembleAlgorithmConfig, MappoConfig
 from benchmarl.environments import VmasTask
 from benchmarl.experiment import Callback, Experiment
-from cases import CASES, MAIN
+from cases import CASES, MAIN, by_family
 from conftest import policy_parameters, scalars
 from environments import StandInTask
 
 from benchmarl_trust import HappoConfig, Mars, MarsConfig
 from benchmarl_trust.runtime.guard import KEY, _norm_limit
 
-all_cases = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
-sequential_cases = pytest.mark.parametrize(
-    "case", [case for case in MAIN if case.sequential], ids=[case.id for case in MAIN if case.sequential]
-)
+family_cases = pytest.mark.parametrize("case", by_family(CASES))
+sequential_cases = pytest.mark.parametrize("case", by_family(case for case in MAIN if case.teams))
 
 
 class Spoil(Callback):
@@ -58,7 +56,7 @@ def speaker_listener():
     return task
 
 
-@all_cases
+@family_cases
 def test_bad_data_is_refused_before_any_group_trains(case, make_experiment):
     key = ("next", "listener", "reward")
     spoil = Spoil(key, float("nan"))
@@ -79,7 +77,7 @@ def test_bad_data_is_refused_before_any_group_trains(case, make_experiment):
     ]
 
 
-@all_cases
+@family_cases
 def test_each_kind_of_bad_data_is_refused_by_name(case, make_experiment):
     experiment = make_experiment(case.config(), task=speaker_listener())
     batch = next(iter(experiment.collector))
@@ -126,7 +124,7 @@ def break_loss(experiment, group, name, iterations):
     algorithm.process_loss_vals = process_loss_vals
 
 
-@all_cases
+@family_cases
 @pytest.mark.parametrize("name", ["loss_objective", "loss_critic"])
 def test_a_bad_step_changes_nothing_and_is_counted(case, name, make_experiment):
     if case.sequential and name == "loss_objective":

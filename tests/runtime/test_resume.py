@@ -8,7 +8,7 @@ import pytest
 import torch
 from benchmarl.environments import VmasTask
 from benchmarl.experiment import Experiment
-from cases import CASES, MAIN
+from cases import CASES, FAMILIES, MAIN
 
 from benchmarl_trust import GpaeConfig, HappoConfig, MarsConfig
 from benchmarl_trust.runtime.resume import KEY
@@ -33,11 +33,15 @@ def draws():
     return torch.rand(2).tolist(), np.random.rand(2).tolist(), [random.random(), random.gauss(0, 1)]
 
 
-@pytest.mark.parametrize(
-    ("case", "recurrent"),
-    [*((case, False) for case in CASES), *((case, True) for case in MAIN)],
-    ids=[*(f"{case.id}-separate-mlp" for case in CASES), *(f"{case.id}-shared-gru" for case in MAIN)],
-)
+def interrupted():
+    """With slow ones beside one of each family; natural steps through recurrent policies take seconds."""
+    for case, recurrent in [*((case, False) for case in CASES), *((case, True) for case in MAIN)]:
+        fast = case.id in FAMILIES and not (case.natural and recurrent)
+        name = f"{case.id}-{'shared-gru' if recurrent else 'separate-mlp'}"
+        yield pytest.param(case, recurrent, id=name, marks=() if fast else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("case", "recurrent"), interrupted())
 def test_resume_is_exact(case, recurrent, make_experiment, tmp_path):
     from test_smoke import MODELS
 
