@@ -92,7 +92,9 @@ def distance(one, other):
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
-@pytest.mark.parametrize(("key", "values", "rest"), LINES, ids=["-".join(filter(None, line[2])) for line in LINES])
+@pytest.mark.parametrize(
+    ("key", "values", "rest"), LINES, ids=["-".join(filter(None, (key, *rest))) for key, _, rest in LINES]
+)
 def test_each_value_of_a_key_trains_and_makes_a_difference(key, values, rest, make_experiment):
     results = []
     for run in (rest._replace(**{key: value}) for value in values):
@@ -289,9 +291,9 @@ REFUSED = [
             {"estimator": "gpae", "share_param_critic": False},
             "share_param_critic",
             "GPAE has one critic",
-            "Leave it at True",
+            "Set algorithm.share_param_critic=True",
         )
-        for preset in ("mars", "happo", "hatrpo")
+        for preset in ("mars", "happo", "a2po", "hatrpo")
     ),
 ]
 
