@@ -87,6 +87,13 @@ class Sequential(TrustRegion):
         size = self.teams.size(team)
         if order is None or (isinstance(order, str) and order in self.orders):
             return
+        if order in ("score", "greedy"):
+            refuse(
+                "order",
+                order,
+                "only natural steps have scores to compare agents by. Take algorithm=hatrpow or hatrpog, or one of "
+                f"{', '.join(self.orders)}.",
+            )
         whole = isinstance(order, list | tuple) and all(type(i) is int for i in order)
         if not whole or sorted(order) != list(range(size)):
             raise ValueError(
