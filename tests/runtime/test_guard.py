@@ -478,3 +478,19 @@ def test_parameters_that_are_not_trained_are_left_alone(make_experiment):
     assert scalars(experiment)["train_agents_skipped_steps"] == [0, 0]
     clone = copy.deepcopy(experiment.policy)  # what collectors and evaluations do: the hooks stand in nobody's way
     assert all(torch.equal(p, q) for p, q in zip(clone.parameters(), experiment.policy.parameters(), strict=True))
+
+
+def test_a_sum_of_rewards_may_keep_the_nan_of_an_agent_that_was_absent(make_experiment):
+    """An agent that joins an episode later: what it was paid before is NaN, and so is its episode's sum ever after."""
+    experiment = make_experiment(MarsConfig.get_from_yaml())
+    batch = next(iter(experiment.collector))
+    mask = torch.ones(batch["agents", "action"].shape[:-1], dtype=torch.bool)
+    mask[:, :2, 1] = False
+    batch["agents", "mask"] = mask
+    batch["next", "agents", "reward"][:, :2, 1] = math.nan
+    batch["next", "agents", "episode_reward"][:, :, 1] = math.nan
+    experiment.algorithm.guard.on_batch_collected(batch)
+    assert experiment.algorithm.process_batch("agents", batch)["agents", "advantage"].isfinite().all()
+    batch["next", "agents", "reward"][0, 3, 1] = math.nan
+    with pytest.raises(ValueError, match="reward"):
+        experiment.algorithm.guard.on_batch_collected(batch)
