@@ -19,6 +19,7 @@ from hydra import compose, initialize_config_module
 from problems import RNN
 
 from benchmarl_trust.algorithms import sequential_gradient
+from benchmarl_trust.algorithms.estimators import ESTIMATORS as ESTIMATORS_BY_NAME
 
 KINDS = {
     "continuous": dict,
@@ -330,7 +331,7 @@ def test_combinations_on_the_command_line(overrides, make_experiment):
     for key, value in (item.removeprefix("algorithm.").split("=") for item in overrides.split()[1:]):
         assert str(getattr(config, key)) == value
         if key == "estimator":
-            assert type(algorithm.estimator).__name__.lower() == value
+            assert type(algorithm.estimator) is ESTIMATORS_BY_NAME[value]
         elif key == "n_rollouts":
             assert str(algorithm.estimator.n_rollouts) == value
         else:
