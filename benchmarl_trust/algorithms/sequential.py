@@ -210,7 +210,8 @@ class Sequential(TrustRegion):
                 forward(agents[k], agents[k].data, chunk) if self._is_shared(team) else own[-1].outputs
                 for k, own in zip(mine, turns, strict=True)
             ]
-            single = [self._agent_metrics(agents[k], *of) for k, *of in zip(mine, outputs, turns, strict=True)]
+            rows = len(agents[0].data) // self.estimator.n_batches(group)
+            single = [self._agent_metrics(agents[k], *of, rows) for k, *of in zip(mine, outputs, turns, strict=True)]
             for name in single[0]:
                 metrics |= each_and_mean(f"{group}/policy/{name}", [values[name] for values in single])
             metrics[f"{group}/skipped"] = torch.stack([~info.finite for own in turns for info in own]).sum()
@@ -224,12 +225,17 @@ class Sequential(TrustRegion):
             {f"train/{key}": value for key, value in values.items()}, step=self.experiment.n_iters_performed
         )
 
-    def _agent_metrics(self, agent: Agent, outputs: tuple[Tensor, ...], turns: list[PositionInfo]) -> dict[str, Tensor]:
-        """What is logged of an agent: its policy as the iteration leaves it, and means over its steps."""
+    def _agent_metrics(
+        self, agent: Agent, outputs: tuple[Tensor, ...], turns: list[PositionInfo], rows: int
+    ) -> dict[str, Tensor]:
+        """What is logged of an agent: its policy as the iteration leaves it, and means over its steps. The KL is that
+        on the newest batch's ``rows``, as simultaneous algorithms have it.
+        """
+        newest = agent.data[-rows:]
         steps = zip(*(info.step for info in turns), strict=True)
         means = {name: torch.stack(values).mean() for name, values in zip(turns[0].step._fields, steps, strict=True)}
         return means | {
-            "kl": kl_of(agent.policy, old_outputs(agent.data), outputs, agent.data),
+            "kl": kl_of(agent.policy, old_outputs(newest), tuple(x[-rows:] for x in outputs), newest),
             "entropy": F.masked_mean(agent.policy.entropy(outputs), agent.data.get("mask", None)),
         }
 

@@ -125,13 +125,15 @@ class SequentialGradient(Sequential):
             return self.minibatch_frames
         return -(-self.minibatch_frames // agents[0].data.shape[1])
 
-    def _agent_metrics(self, agent: Agent, outputs: tuple[Tensor, ...], turns: list[PositionInfo]) -> dict[str, Tensor]:
+    def _agent_metrics(
+        self, agent: Agent, outputs: tuple[Tensor, ...], turns: list[PositionInfo], rows: int
+    ) -> dict[str, Tensor]:
         log_ratio, mask = log_ratio_of(agent.policy, outputs, agent.data), agent.data.get("mask", None)
         shares = {
             "clip_fraction": F.share_outside("clip", log_ratio, self.epsilon, mask),
             "outside_fraction": F.share_outside(self.surrogate, log_ratio, self.epsilon, mask),
         }
-        return super()._agent_metrics(agent, outputs, turns) | shares
+        return super()._agent_metrics(agent, outputs, turns, rows) | shares
 
 
 @dataclass

@@ -285,7 +285,7 @@ REFUSED = [
     ("hatrpog", {"order": "score"}, "order", "scores before anybody moves", "algorithm.allocation=kkt"),
     ("hatrpo", {"order": "greedy"}, "order", "compares scores before each turn", "algorithm.allocation=greedy"),
     ("hatrpow", {"order": "greedy"}, "order", "compares scores before each turn", "algorithm.allocation=greedy"),
-    ("happo", {"order": "score"}, "order", "must be", "one of random, fixed, semi_greedy"),
+    ("happo", {"order": "score"}, "order", "only natural steps have scores", "one of random, fixed, semi_greedy"),
     *(
         (
             preset,
