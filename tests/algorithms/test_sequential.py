@@ -503,16 +503,16 @@ class SpoilAdvantage(Callback):
 
     def on_setup(self):
         algorithm = self.experiment.algorithm
-        original = algorithm._advantages
+        original = algorithm._as_used
 
-        def advantages(batches):
-            value = original(batches)
+        def as_used(advantage, mask):
+            value = original(advantage, mask)
             if self.experiment.n_iters_performed in self.iterations:
                 value = value.clone()
                 value[..., 0, self.agent, :] = math.nan
             return value
 
-        algorithm._advantages = advantages
+        algorithm._as_used = as_used
 
 
 class SpoilOften(SpoilAdvantage):
