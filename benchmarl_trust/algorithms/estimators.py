@@ -63,7 +63,6 @@ class GaeEstimator:
         self.algorithm = algorithm
         self.truncation, self.eta, self.n_rollouts = truncation, eta, n_rollouts
         self._n_batches: dict[str, int] = {}
-        check_number("eta", eta, usual=1.02, least=1)
         F.check_gpae(truncation, eta, algorithm.lmbda, gamma=1, prefix="algorithm.")
         F.check_gpae(truncation, eta, algorithm.lmbda, gamma=algorithm.experiment_config.gamma, prefix="experiment.")
         check_number("n_rollouts", n_rollouts, usual=1, least=1, whole=True)

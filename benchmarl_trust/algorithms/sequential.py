@@ -51,7 +51,7 @@ class Sequential(TrustRegion):
     loss_class = CriticPhaseLoss
     orders: tuple[str, ...] = ("random", "fixed", "semi_greedy")
     #: What a shared policy means for this kind of update; part of a warning.
-    shared_policy_note: str
+    shared_policy_note: str = ""
 
     def __init__(self, order: str | list[int] | None, advantage: str, teams: list[list[str]] | None, **kwargs):
         super().__init__(**kwargs)

@@ -101,7 +101,8 @@ class PolicyMetrics(Callback):
             group (str): the policy's.
             actor (ProbabilisticTensorDictSequential): its last module is the distribution.
             as_sampled (callable): makes of a part of the batch what the policy reads. It is called on a part at a time
-                and its result not kept: floats of images take four times their bytes.
+                and its result not kept: floats of images take four times their bytes. It is called again for the KL,
+                and must give the same.
             parts (sequence of TensorDictBase): the batch, [B, T], a forward pass for each.
         """
         head, body = head_of(actor.module[-1]), TensorDictSequential(*actor.module[:-1])

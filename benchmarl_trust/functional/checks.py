@@ -48,8 +48,8 @@ def check_number(
     if not good:
         parts = ((above, "above"), (least, "at least"), (below, "below"), (most, "at most"))
         wanted = " and ".join(f"{word} {bound:g}" for bound, word in parts if bound is not None)
-        name = "whole number" if whole else "number"
-        raise ValueError(f"{key}={value} must be a {name} {wanted}. The usual value is {usual}.")
+        name = " ".join(["whole number" if whole else "finite number" if not wanted else "number", wanted]).strip()
+        raise ValueError(f"{key}={value} must be a {name}. The usual value is {usual}.")
 
 
 def check_same_shape(**tensors: Tensor) -> None:

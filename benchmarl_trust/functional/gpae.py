@@ -49,13 +49,19 @@ def check_gpae(truncation: str, eta: float, lmbda: float, gamma: float, prefix: 
         >>> check_gpae("dt", eta=1.02, lmbda=0.95, gamma=0.99)
     """
     check_choice(f"{prefix}truncation", truncation, TRACES)
-    if not isinstance(eta, int | float) or not eta >= 1:
+    if isinstance(eta, bool) or not isinstance(eta, int | float) or not eta >= 1:
         raise ValueError(
             f"{prefix}eta={eta}: the cap η on the teammates' joint ratio must be at least 1, or it would shorten the "
             "traces of on-policy data too. The authors use 1.02 to 1.05."
         )
     for name, value in (("lmbda", lmbda), ("gamma", gamma)):
-        check_number(f"{prefix}{name}", value, usual=0.95 if name == "lmbda" else 0.99, least=0, most=1)
+        check_number(
+            f"{prefix}{name}",
+            float(value) if isinstance(value, Tensor) else value,
+            usual=0.95 if name == "lmbda" else 0.99,
+            least=0,
+            most=1,
+        )
 
 
 def trace_coefficient(

@@ -37,7 +37,7 @@ class SurrogateLoss(PPOLoss):
         factor (str): how a factor M in the batch weighs: ``full`` (HAPPO), ``capped`` (clip-HAPPO) or ``inside_clip``
             (A2PO), see :func:`benchmarl_trust.functional.factor_weight`.
         factor_epsilon (float, optional): the ε by which ``inside_clip`` bounds M; None: that of the trust region, for
-            A ≥ 0. A2PO's is the same at every position, while its ``epsilon`` grows with the position.
+            A ≥ 0. For A2PO give the radius of the position as ``epsilon``, and here the one that all positions share.
         critic_on_absent (bool): regress the values of absent agents too, for an estimator that bootstraps from them.
         **kwargs: passed to :class:`torchrl.objectives.PPOLoss` (``entropy_coeff``, ``critic_coeff``,
             ``loss_critic_type``, ``reduction``, ...).
@@ -119,6 +119,8 @@ class SurrogateLoss(PPOLoss):
         self.surrogate = surrogate
         self.epsilon = pair
         self.factor = factor
+        if factor_epsilon is not None:
+            F.check_number("factor_epsilon", factor_epsilon, usual=0.2, above=0, below=2)
         self.factor_epsilon = pair[1] if factor_epsilon is None else factor_epsilon
         self.critic_on_absent = critic_on_absent
 

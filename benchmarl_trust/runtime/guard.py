@@ -35,7 +35,7 @@ class FiniteGuard(Callback):
     Numerics: BenchMARL's loop steps on any gradient. A pre-step hook on every optimizer that it steps removes a
     gradient whose norm is not finite, so that the step changes neither parameters nor optimizer state. That includes
     finite entries so large that their norm overflows: clipped by it they would be zeros, on which Adam goes on by its
-    momentum; so a hook on every parameter makes such a gradient NaN before it is clipped.
+    momentum. Therefore the norm is that before clipping, taken by a hook on every parameter.
 
     Dropped steps are logged as ``train/{group}/skipped_steps`` once the iteration's last group is trained, since a
     policy phase may be of several groups; ``PATIENCE`` iterations in a row with one end the run with a
@@ -54,6 +54,7 @@ class FiniteGuard(Callback):
         self.policy_phase: defaultdict[str, set[str]] = defaultdict(set)
         self.checks: list[Callable[[TensorDictBase], None]] = []
         self._streak: Counter = Counter()
+        self._norms: defaultdict[torch.optim.Optimizer, list[Tensor]] = defaultdict(list)
 
     @classmethod
     def of(cls, experiment: Experiment) -> "FiniteGuard":
@@ -71,12 +72,12 @@ class FiniteGuard(Callback):
             for name, optimizer in optimizers.items():
                 if name in self.policy_phase[group]:
                     continue
-                optimizer.register_step_pre_hook(partial(self._drop_nonfinite_gradient, group))
-                # Clipping comes before the step: by value it would make an infinity finite, by norm all of it zero.
                 parameters = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
+                limit = min((_norm_limit(p.dtype) for p in parameters), default=math.inf)
+                optimizer.register_step_pre_hook(partial(self._drop_nonfinite_gradient, group, limit))
+                # Clipping comes before the step: by value it would make an infinity finite, by norm all of it zero.
                 for parameter in parameters:
-                    limit = _norm_limit(parameter.dtype, len(parameters))
-                    parameter.register_post_accumulate_grad_hook(partial(_nan_beyond, limit))
+                    parameter.register_post_accumulate_grad_hook(partial(self._take_norm, optimizer))
 
     def on_batch_collected(self, batch: TensorDictBase) -> None:
         """Raise if the batch is not finite, or if a check that an algorithm has added fails."""
@@ -132,12 +133,20 @@ class FiniteGuard(Callback):
         """Count on from there; a checkpoint without our entry counts from zero."""
         self._streak = Counter(state_dict.get(KEY, {}).get("streak", {}))
 
-    def _drop_nonfinite_gradient(self, group: str, optimizer, args, kwargs) -> None:
+    def _take_norm(self, optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> None:
+        """Keep the norm of a gradient as autograd has left it, half types' in float32."""
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        self._norms[optimizer].append(torch.linalg.vector_norm(parameter.grad, dtype=dtype))
+
+    def _drop_nonfinite_gradient(self, group: str, limit: float, optimizer, args, kwargs) -> None:
         parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        norms = self._norms.pop(optimizer, None)
         if not parameters:
             return
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        if not norm.isfinite():  # BenchMARL synchronises here too, for grad_norm
+        if norms is None:  # a gradient that was set by hand, or of parameters that were frozen when hooks were set
+            norms = [torch.nn.utils.get_total_norm([p.grad for p in parameters])]
+        norm = torch.linalg.vector_norm(torch.stack(norms).double())
+        if not norm <= limit:  # BenchMARL synchronises here too, for grad_norm
             self.skipped[group] += 1
             for parameter in parameters:
                 parameter.grad = None  # Adam passes over it
@@ -198,21 +207,15 @@ def _nonfinite(batch: TensorDictBase, key: str | tuple, value: Tensor) -> Tensor
     return bad & mask.reshape(*mask.shape, *[1] * (bad.ndim - mask.ndim))
 
 
-def _norm_limit(dtype: torch.dtype, tensors: int) -> float:
-    """The largest norm L of one tensor's gradient with which the norm over n tensors cannot overflow.
+def _norm_limit(dtype: torch.dtype) -> float:
+    """The largest norm over all of an optimizer's tensors with which no norm of them can overflow.
 
-    That norm is the root of a sum of squares, at most n L², which must stay below the largest number of the type that
-    it is summed in (float32 for the half ones), as √n L must in the type itself. Half of the L that reaches it leaves
-    room for rounding. In float32 L is 2e18 for 20 tensors.
+    A norm is the root of a sum of squares, which must stay below the largest number of the type that it is summed in
+    (float32 for the half ones), as the norm itself must in its own type. Half of what reaches it leaves room for
+    rounding. For float32 it is 9e18.
     """
     summed = torch.finfo(torch.promote_types(dtype, torch.float32)).max
-    return 0.5 * min(math.sqrt(summed), torch.finfo(dtype).max) / math.sqrt(tensors)
-
-
-def _nan_beyond(limit: float, parameter: torch.nn.Parameter) -> None:
-    """Make a gradient NaN whose norm is not finite or above the limit; the host waits for nothing."""
-    norm = torch.linalg.vector_norm(parameter.grad)
-    parameter.grad.masked_fill_(~(norm <= limit), torch.nan)
+    return 0.5 * min(math.sqrt(summed), torch.finfo(dtype).max)
 
 
 def _path(key: str | tuple) -> tuple:

@@ -406,12 +406,12 @@ def test_finite_entries_whose_norm_overflows_are_dropped(where, by_norm, clip_gr
 def test_the_largest_gradients_that_pass_have_a_finite_norm(by_norm, clip_grad_val, make_experiment):
     experiment = make_experiment(MarsConfig.get_from_yaml(), clip_grad_norm=by_norm, clip_grad_val=clip_grad_val)
     leaves = experiment.optimizers["agents"]["loss_critic"].param_groups[0]["params"]
-    limit = _norm_limit(torch.float32, len(leaves))
-    sizes = [0.99 * limit / math.sqrt(leaf.numel()) for leaf in leaves]
+    limit = _norm_limit(torch.float32)
+    sizes = [0.99 * limit / math.sqrt(leaf.numel() * len(leaves)) for leaf in leaves]
     before = everything(experiment)
     entries, norm = step_on(experiment, sizes)
     assert entries.isfinite().all()
-    assert norm == pytest.approx(0.99 * limit * math.sqrt(len(leaves)), rel=1e-4)
+    assert norm == pytest.approx(0.99 * limit, rel=1e-4)
     assert not experiment.algorithm.guard.skipped
     after = everything(experiment)
     assert all(value.isfinite().all() for value in after.values())
@@ -425,7 +425,7 @@ def test_the_largest_gradients_that_pass_have_a_finite_norm(by_norm, clip_grad_v
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_no_number_of_tensors_at_the_limit_overflows(dtype):
     for tensors in (1, 20, 340, 100_000):
-        norms = torch.full((tensors,), _norm_limit(dtype, tensors), dtype=dtype)
+        norms = torch.full((tensors,), _norm_limit(dtype) / math.sqrt(tensors), dtype=dtype)
         norm = torch.linalg.vector_norm(norms)
         assert norm.isfinite()
         largest = 65504 if dtype == torch.float16 else math.sqrt(torch.finfo(dtype).max)
