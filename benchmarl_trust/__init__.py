@@ -6,56 +6,12 @@ imported: Hydra finds the package by itself.
 
 __version__ = "0.1.0"
 
-from benchmarl_trust.algorithms import (
-    ALGORITHMS,
-    A2po,
-    A2poConfig,
-    ClipHappo,
-    ClipHappoConfig,
-    ClipHatrpo,
-    ClipHatrpoConfig,
-    Gpae,
-    GpaeConfig,
-    Happo,
-    HappoConfig,
-    Hatrpo,
-    HatrpoConfig,
-    HatrpoG,
-    HatrpoGConfig,
-    HatrpoW,
-    HatrpoWConfig,
-    Mars,
-    MarsConfig,
-    Maspo,
-    MaspoConfig,
-)
+from benchmarl_trust import algorithms
+from benchmarl_trust.algorithms import *  # noqa: F403
 from benchmarl_trust.environments import TrustGamesTask
 from benchmarl_trust.registration import register
 
 register()
 
-__all__ = [
-    "ALGORITHMS",
-    "A2po",
-    "A2poConfig",
-    "ClipHappo",
-    "ClipHappoConfig",
-    "ClipHatrpo",
-    "ClipHatrpoConfig",
-    "Gpae",
-    "GpaeConfig",
-    "Happo",
-    "HappoConfig",
-    "Hatrpo",
-    "HatrpoConfig",
-    "HatrpoG",
-    "HatrpoGConfig",
-    "HatrpoW",
-    "HatrpoWConfig",
-    "Mars",
-    "MarsConfig",
-    "Maspo",
-    "MaspoConfig",
-    "TrustGamesTask",
-    "register",
-]
+__all__ = ["TrustGamesTask", "register"]
+__all__ += algorithms.__all__

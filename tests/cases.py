@@ -23,6 +23,15 @@ NATURAL = tuple(f"policy_{key}{agent}" for key in NATURAL_KEYS for agent in ("",
 POSITIONS = ("factor_mean", "factor_max", "factor_ess", "advantage_variance", "order")
 
 
+def configured(config, **settings):
+    """The values of a configuration's yaml with these keys, all of which it must have."""
+    config = config.get_from_yaml()
+    for key, value in settings.items():
+        assert hasattr(config, key), key
+        setattr(config, key, value)
+    return config
+
+
 class Case(NamedTuple):
     """An algorithm and the settings that its generic tests run it with."""
 
@@ -58,11 +67,7 @@ class Case(NamedTuple):
         return {} if self.natural else {"entropy_coef": 0.01}
 
     def config(self, **overrides):
-        config = ALGORITHMS[self.name].get_from_yaml()
-        for key, value in {**self.overrides, **overrides}.items():
-            assert hasattr(config, key), key
-            setattr(config, key, value)
-        return config
+        return configured(ALGORITHMS[self.name], **{**self.overrides, **overrides})
 
 
 CASES = [

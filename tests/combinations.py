@@ -4,6 +4,7 @@ import itertools
 from typing import NamedTuple
 
 from benchmarl.algorithms.common import AlgorithmConfig
+from cases import configured
 
 from benchmarl_trust import ALGORITHMS
 
@@ -22,21 +23,12 @@ class Combination(NamedTuple):
 
     def config(self, **more) -> AlgorithmConfig:
         """Its configuration, with further keys."""
-        return configured(self.preset, **{**self.overrides, **more})
+        return configured(ALGORITHMS[self.preset], **{**self.overrides, **more})
 
 
 def combination(preset: str, **overrides) -> Combination:
     """The preset with these keys."""
     return Combination(" ".join([preset, *overrides.values()]), preset, overrides)
-
-
-def configured(preset: str, **settings) -> AlgorithmConfig:
-    """The preset's configuration with these keys, all of which it must have."""
-    config = ALGORITHMS[preset].get_from_yaml()
-    for key, value in settings.items():
-        assert hasattr(config, key), key
-        setattr(config, key, value)
-    return config
 
 
 def grid() -> list[Combination]:

@@ -62,14 +62,13 @@ class GaeEstimator:
     def __init__(self, algorithm: "TrustRegion", truncation: str, eta: float, n_rollouts: int):
         self.algorithm = algorithm
         self.truncation, self.eta, self.n_rollouts = truncation, eta, n_rollouts
-        self._n_batches: dict[str, int] = {}
         F.check_gpae(truncation, eta, algorithm.lmbda, gamma=1, prefix="algorithm.")
         F.check_gpae(truncation, eta, algorithm.lmbda, gamma=algorithm.experiment_config.gamma, prefix="experiment.")
         check_number("n_rollouts", n_rollouts, usual=1, least=1, whole=True)
         self._check()
 
-    def n_batches(self, group: str) -> int:
-        """How many batches are trained on at present."""
+    def n_batches(self, batch: TensorDictBase) -> int:
+        """How many batches :meth:`with_kept` has put together into this one, [B, T]."""
         return 1
 
     def _check(self) -> None:
@@ -229,9 +228,9 @@ class GpaeEstimator(GaeEstimator):
             transform=Compose(*transforms) if transforms is not None else None,
         )
 
-    def n_batches(self, group: str) -> int:
-        """How many batches are trained on at present: at first there are fewer than ``n_rollouts``."""
-        return self._n_batches.get(group, 1)
+    def n_batches(self, batch: TensorDictBase) -> int:
+        """At first there are fewer than ``n_rollouts``."""
+        return len(batch) // self._batch_shape[0] if self.off_policy else 1
 
     def with_kept(self, group: str, batch: TensorDictBase) -> TensorDictBase:
         """The batches in the buffer, the oldest first, and this one. The buffer is emptied: all come back processed."""
@@ -255,7 +254,6 @@ class GpaeEstimator(GaeEstimator):
         kept = buffer.storage[: len(buffer)].reshape(-1, length)[-rows * (self.n_rollouts - 1) :]
         kept = kept.select(*batch.keys(True, True)).to(batch.device)
         batch = torch.cat([kept, batch])
-        self._n_batches[group] = len(batch) // rows
         buffer.empty()
         return batch
 
@@ -281,7 +279,7 @@ class GpaeEstimator(GaeEstimator):
         metrics |= each_and_mean("value_explained_variance", 1 - unexplained)
         if self.off_policy:
             metrics |= self._ratio_metrics(group, batch, mask)
-            metrics["data_age"] = torch.full((), (self.n_batches(group) - 1) / 2, device=advantage.device)
+            metrics["data_age"] = torch.full((), (self.n_batches(batch) - 1) / 2, device=advantage.device)
         return metrics
 
     def _ratio_metrics(self, group: str, batch: TensorDictBase, mask: Tensor | None) -> dict[str, Tensor]:

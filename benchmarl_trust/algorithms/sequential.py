@@ -145,6 +145,10 @@ class Sequential(TrustRegion):
         """Rows per forward pass where no gradient is needed; None for all at once."""
         return None
 
+    def _rows(self, team: list[str], agents: list[Agent]) -> int:
+        """Rows of one batch, of which the agents' data may have several."""
+        return len(agents[0].data) // self.estimator.n_batches(self._batches[team[0]])
+
     def _optimizers(self, group: str) -> list[torch.optim.Optimizer] | None:
         """The optimizers of the group's agents, if their steps need some."""
         return None
@@ -200,7 +204,7 @@ class Sequential(TrustRegion):
     def _log(self, team: list[str], agents: list[Agent], infos: list[PositionInfo], chunk: int | None) -> None:
         """Log what happened, with one transfer to the host."""
         metrics: dict[str, Tensor] = {}
-        first = 0
+        rows, first = self._rows(team, agents), 0
         for group in team:
             mine = range(first, first + len(self.group_map[group]))
             first = mine.stop
@@ -210,7 +214,6 @@ class Sequential(TrustRegion):
                 forward(agents[k], agents[k].data, chunk) if self._is_shared(team) else own[-1].outputs
                 for k, own in zip(mine, turns, strict=True)
             ]
-            rows = len(agents[0].data) // self.estimator.n_batches(group)
             single = [self._agent_metrics(agents[k], *of, rows) for k, *of in zip(mine, outputs, turns, strict=True)]
             for name in single[0]:
                 metrics |= each_and_mean(f"{group}/policy/{name}", [values[name] for values in single])

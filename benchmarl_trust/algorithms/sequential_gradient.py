@@ -79,7 +79,7 @@ class SequentialGradient(Sequential):
         return [fused(self.experiment.optimizers[group][name]) for name in self._optimizer_names(group)]
 
     def _sweep(self, team: list[str], agents: list[Agent], order: list[int]) -> list[PositionInfo]:
-        chunk, rows = self._chunk(agents), len(agents[0].data) // self.estimator.n_batches(team[0])
+        chunk, rows = self._chunk(agents), self._rows(team, agents)
         correction = self.estimator.correction(team[0], self._batches[team[0]], self._as_used)
         if self._is_shared(team):
             return self._minibatch_sweeps(agents, order, rows, correction)

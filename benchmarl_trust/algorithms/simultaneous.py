@@ -65,12 +65,10 @@ class Simultaneous(TrustRegion):
 
 
 class _Before(NamedTuple):
-    """A group's policy as it was at the start of the iteration, on the newest batch."""
+    """What a group's policy said of the newest batch at the start of the iteration, and how to ask it again."""
 
-    body: TensorDictSequential
     head: Head
-    as_sampled: Callable[[TensorDictBase], TensorDictBase]
-    parts: Sequence[TensorDictBase]
+    ask: Callable[[], tuple[Tensor, ...]]
     outputs: tuple[Tensor, ...]
     mask: Tensor | None
 
@@ -108,16 +106,17 @@ class PolicyMetrics(Callback):
         head, body = head_of(actor.module[-1]), TensorDictSequential(*actor.module[:-1])
         masks = [part.get((group, "mask"), None) for part in parts]
         mask = None if masks[0] is None else torch.cat(masks)
-        self._before[group] = _Before(body, head, as_sampled, parts, _outputs(body, head, as_sampled, parts), mask)
+        ask = partial(_outputs, body, head, as_sampled, parts)
+        self._before[group] = _Before(head, ask, ask(), mask)
 
     @torch.no_grad()
     def on_train_end(self, training_td: TensorDictBase, group: str) -> None:
         """Log them."""
         if group not in self._before:
             return  # a group of an ensemble with another algorithm
-        body, head, as_sampled, parts, outputs, mask = self._before.pop(group)
-        kl = head.kl(outputs, _outputs(body, head, as_sampled, parts))
-        metrics = each_and_mean("kl", mean_of_each(kl, mask))
+        before = self._before.pop(group)
+        kl = before.head.kl(before.outputs, before.ask())
+        metrics = each_and_mean("kl", mean_of_each(kl, before.mask))
         metrics |= {"ratio_min": training_td["ratio_min"].min(), "ratio_max": training_td["ratio_max"].max()}
         self.experiment.logger.log(
             to_host(metrics, prefix=f"train/{group}/policy/"), step=self.experiment.n_iters_performed

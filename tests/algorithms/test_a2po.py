@@ -7,6 +7,7 @@ import pytest
 import torch
 from benchmarl.algorithms import MappoConfig
 from benchmarl.environments import VmasTask
+from cases import configured
 from conftest import policy_parameters, scalars
 from environments import StandInTask
 from problems import make_agents, make_problem
@@ -24,18 +25,14 @@ AS_HAPPO = {"estimator": "gae", "factor": "full", "epsilon_by_position": False, 
 AS_HAPPO |= {"normalize_advantage": "none", "share_param_critic": True}
 
 
-def configured(config=A2poConfig, **settings):
-    config = config.get_from_yaml()
-    for key, value in settings.items():
-        assert hasattr(config, key), key
-        setattr(config, key, value)
-    return config
+def a2po(config=A2poConfig, **settings):
+    return configured(config, **settings)
 
 
 class TestLimits:
     def test_with_happos_keys_it_is_happo_bit_for_bit(self, run, make_experiment):
-        start = policy_parameters(make_experiment(configured(HappoConfig)))
-        one, other = run(configured(HappoConfig)), run(configured(**AS_HAPPO))
+        start = policy_parameters(make_experiment(a2po(HappoConfig)))
+        one, other = run(a2po(HappoConfig)), run(a2po(**AS_HAPPO))
         for p, q in zip(one.losses["agents"].parameters(), other.losses["agents"].parameters(), strict=True):
             assert torch.equal(p, q)
         assert not any(torch.equal(p, start[name]) for name, p in policy_parameters(other).items())
@@ -43,7 +40,7 @@ class TestLimits:
     @pytest.mark.parametrize("key", sorted(set(AS_HAPPO) - {"share_param_critic"}))
     def test_each_of_its_keys_matters(self, key, run):
         own = getattr(A2poConfig.get_from_yaml(), key)
-        one, other = (run(configured(**AS_HAPPO | change), lr=0.02) for change in ({}, {key: own}))
+        one, other = (run(a2po(**AS_HAPPO | change), lr=0.02) for change in ({}, {key: own}))
         one, other = policy_parameters(one), policy_parameters(other)
         assert any(not torch.equal(one[name], other[name]) for name in one)
 
@@ -52,12 +49,12 @@ class TestLimits:
         """Parameter for parameter, the critic's too: one agent has nobody before it."""
         settings = {"on_policy_minibatch_size": 40, "on_policy_n_minibatch_iters": 4, "share_policy_params": share}
         settings |= {"prefer_continuous_actions": False, "max_n_iters": 3}
-        ours = configured(normalize_advantage="none", share_param_critic=True)
-        mappo, a2po = (
+        ours = a2po(normalize_advantage="none", share_param_critic=True)
+        mappo, one = (
             run(algorithm, task=StandInTask(n_agents=1), **settings)
             for algorithm in (MappoConfig.get_from_yaml(), ours)
         )
-        for p, q in zip(a2po.losses["agents"].parameters(), mappo.losses["agents"].parameters(), strict=True):
+        for p, q in zip(one.losses["agents"].parameters(), mappo.losses["agents"].parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
@@ -85,7 +82,7 @@ def made_batch(steps=7, envs=3, n=2):
 class TestCorrection:
     @pytest.fixture
     def estimator(self, make_experiment):
-        return make_experiment(configured(lmbda=LMBDA), gamma=GAMMA).algorithm.estimator
+        return make_experiment(a2po(lmbda=LMBDA), gamma=GAMMA).algorithm.estimator
 
     def test_against_a_naive_double_loop(self, estimator):
         batch, delta, done = made_batch()
@@ -118,7 +115,7 @@ class TestCorrection:
         torch.testing.assert_close(batch["agents", "value_target"], target)
 
     def test_it_is_normalised_over_all_agents_after_each_correction(self, make_experiment):
-        algorithm = make_experiment(configured(lmbda=LMBDA), gamma=GAMMA).algorithm
+        algorithm = make_experiment(a2po(lmbda=LMBDA), gamma=GAMMA).algorithm
         batch, _, _ = made_batch()
         log_factor = -torch.rand(3, 7, dtype=torch.float64)
         correct = algorithm.estimator.correction("agents", batch, algorithm._as_used)
@@ -129,7 +126,7 @@ class TestCorrection:
 
     def test_each_turn_meets_the_advantages_of_its_position(self, make_experiment, monkeypatch):
         """And the critic is given the corrected returns."""
-        experiment = make_experiment(configured(lmbda=0.9), max_n_iters=1, lr=0.05)
+        experiment = make_experiment(a2po(lmbda=0.9), max_n_iters=1, lr=0.05)
         algorithm, seen = experiment.algorithm, []
         original = sequential_module.sweep
 
@@ -153,7 +150,7 @@ class TestCorrection:
         assert gap[second_agent] > 1e-4
 
     def test_shared_policies_are_corrected_once_per_epoch_from_the_second_on(self, make_experiment):
-        experiment = make_experiment(configured(), share_policy_params=True, max_n_iters=1, lr=0.01)
+        experiment = make_experiment(a2po(), share_policy_params=True, max_n_iters=1, lr=0.01)
         algorithm, calls = experiment.algorithm, []
         original = algorithm.estimator.correction
 
@@ -239,7 +236,7 @@ class TestOrder:
         assert advantage_score(advantage, value)[1] < 100 * advantage.abs().max() / value.mean()
 
     def test_the_largest_score_moves_first(self, make_experiment):
-        experiment = make_experiment(configured(), max_n_iters=4)
+        experiment = make_experiment(a2po(), max_n_iters=4)
         algorithm, scores = experiment.algorithm, []
         original = algorithm._order
 
@@ -273,4 +270,4 @@ def test_combinations_without_meaning_are_refused(config, settings, cure, make_e
 def test_a_team_over_groups_is_refused(make_experiment):
     task = VmasTask.SIMPLE_SPEAKER_LISTENER.get_from_yaml()
     with pytest.raises(ValueError, match=r"algorithm\.estimator=preopc.*algorithm\.teams"):
-        make_experiment(configured(teams=[["speaker", "listener"]]), task=task)
+        make_experiment(a2po(teams=[["speaker", "listener"]]), task=task)

@@ -12,12 +12,14 @@ import pytest
 import torch
 from benchmarl.hydra_config import load_algorithm_config_from_hydra
 from benchmarl.models import GruConfig
-from combinations import ALLOCATIONS, ESTIMATORS, FACTORS, SURROGATES, combination, configured, grid
+from cases import configured
+from combinations import ALLOCATIONS, ESTIMATORS, FACTORS, SURROGATES, combination, grid
 from conftest import policy_parameters, scalars
 from environments import StandInTask
 from hydra import compose, initialize_config_module
 from problems import RNN
 
+from benchmarl_trust import ALGORITHMS
 from benchmarl_trust.algorithms import sequential_gradient
 from benchmarl_trust.algorithms.estimators import ESTIMATORS as ESTIMATORS_BY_NAME
 
@@ -128,7 +130,7 @@ def test_the_grid_is_whole():
 def discrete(make_experiment, preset, n_agents=3, **keys):
     """The policy's parameters after a preset with these keys, on the fastest task; older data wants an iteration."""
     settings = {"task": StandInTask(n_agents=n_agents), "max_n_iters": keys.get("n_rollouts", 1)}
-    return start_and_end(make_experiment, configured(preset, **keys), **settings)[1]
+    return start_and_end(make_experiment, configured(ALGORITHMS[preset], **keys), **settings)[1]
 
 
 GPAE = {"estimator": "gpae"}
@@ -181,7 +183,7 @@ def test_one_agent_in_sequence_with_gpae_is_simultaneous_gpae(surrogate, share, 
     results = []
     for preset in ("gpae", "happo"):
         experiment = make_experiment(
-            configured(preset, **keys), task=StandInTask(n_agents=1), max_n_iters=3, loggers=[], **settings
+            configured(ALGORITHMS[preset], **keys), task=StandInTask(n_agents=1), max_n_iters=3, loggers=[], **settings
         )
         start = policy_parameters(experiment)
         experiment.run()
@@ -213,7 +215,7 @@ def test_older_data_in_sequence(kind, share, make_experiment, monkeypatch):
     monkeypatch.setattr(sequential_gradient, "sweep", sweep)
     for n_rollouts in (1, 3):
         seen.clear()
-        experiment = make_experiment(configured("happo", **GPAE, n_rollouts=n_rollouts), **settings)
+        experiment = make_experiment(configured(ALGORITHMS["happo"], **GPAE, n_rollouts=n_rollouts), **settings)
         experiment.run()
         optimizers = experiment.optimizers["agents"]
         steps.append({name: {int(s["step"]) for s in o.state.values()} for name, o in optimizers.items()})
@@ -306,7 +308,7 @@ REFUSED = [
 )
 def test_what_has_no_meaning_is_refused_before_collection(preset, keys, refused, reason, cure, make_experiment):
     with pytest.raises(ValueError, match=rf"^algorithm\.{refused}={keys[refused]}\b") as error:
-        make_experiment(configured(preset, **keys), task=StandInTask())
+        make_experiment(configured(ALGORITHMS[preset], **keys), task=StandInTask())
     assert reason in str(error.value)
     assert cure in str(error.value)
 

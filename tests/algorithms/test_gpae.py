@@ -7,6 +7,7 @@ from benchmarl.environments import VmasTask
 from benchmarl.experiment import Callback, Experiment
 from benchmarl.models import CnnConfig, DeepsetsConfig, GruConfig, LstmConfig
 from benchmarl.models.common import EnsembleModelConfig
+from cases import configured
 from conftest import scalars
 from environments import StandInTask
 from problems import CNN, RNN, SETS, gnn, mlp, sequence
@@ -129,11 +130,7 @@ def test_a_graph_network_does_not_take_a_state():
 
 
 def config(kind=GpaeConfig, **settings):
-    config = kind.get_from_yaml()
-    for key, value in settings.items():
-        assert hasattr(config, key), key
-        setattr(config, key, value)
-    return config
+    return configured(kind, **settings)
 
 
 @pytest.mark.parametrize("model", ["mlp", "gru"])

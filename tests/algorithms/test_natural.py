@@ -4,6 +4,7 @@ import pytest
 import torch
 from benchmarl.algorithms import EnsembleAlgorithmConfig
 from benchmarl.environments import VmasTask
+from cases import configured
 from conftest import policy_parameters, scalars
 from test_smoke import MODELS
 
@@ -19,14 +20,6 @@ from benchmarl_trust.updates import NaturalGradient
 
 NATURAL = ["hatrpo", "cliphatrpo", "hatrpow", "hatrpog"]
 JOINT = [HatrpoWConfig, HatrpoGConfig]
-
-
-def configured(config, **settings):
-    config = config.get_from_yaml()
-    for key, value in settings.items():
-        assert hasattr(config, key), key
-        setattr(config, key, value)
-    return config
 
 
 def speaker_listener():

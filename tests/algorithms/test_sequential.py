@@ -10,7 +10,7 @@ from benchmarl.environments import VmasTask
 from benchmarl.experiment import Callback
 from benchmarl.models import GnnConfig, MlpConfig
 from benchmarl.models.common import SequenceModelConfig
-from cases import CASES, by_family
+from cases import CASES, by_family, configured
 from conftest import policy_parameters, scalars
 from environments import CrewTask, StandInTask
 
@@ -25,11 +25,7 @@ families_in_teams = pytest.mark.parametrize("case", by_family(case for case in C
 
 
 def happo(config=HappoConfig, **settings):
-    config = config.get_from_yaml()
-    for key, value in settings.items():
-        assert hasattr(config, key), key
-        setattr(config, key, value)
-    return config
+    return configured(config, **settings)
 
 
 def cut(task):

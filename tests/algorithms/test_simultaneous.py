@@ -3,6 +3,7 @@
 import pytest
 import torch
 from benchmarl.algorithms import MappoConfig
+from cases import configured
 from conftest import policy_parameters, scalars
 
 from benchmarl_trust import ClipHappoConfig, HappoConfig, MarsConfig, MaspoConfig
@@ -20,19 +21,11 @@ MAPPO = {
 }
 
 
-def config_of(kind, **settings):
-    config = kind.get_from_yaml()
-    for key, value in settings.items():
-        assert hasattr(config, key), key
-        setattr(config, key, value)
-    return config
-
-
 @pytest.mark.parametrize("changed", ["nothing", *MAPPO])
 def test_with_the_clip_it_is_mappo(changed, run):
     settings = {} if changed == "nothing" else {changed: MAPPO[changed]}
-    mappo = config_of(MappoConfig, clip_epsilon=0.15, **settings)
-    ours = config_of(MarsConfig, surrogate="clip", epsilon=0.15, **settings)
+    mappo = configured(MappoConfig, clip_epsilon=0.15, **settings)
+    ours = configured(MarsConfig, surrogate="clip", epsilon=0.15, **settings)
     one, other = (run(config, lr=0.01, gamma=0.8) for config in (mappo, ours))
     for p, q in zip(one.losses["agents"].parameters(), other.losses["agents"].parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
@@ -51,7 +44,7 @@ def test_with_the_clip_it_is_mappo(changed, run):
     ],
 )
 def test_the_configuration_reaches_the_loss(config, settings, surrogate, epsilon, factor, make_experiment):
-    experiment = make_experiment(config_of(config, **settings))
+    experiment = make_experiment(configured(config, **settings))
     loss = experiment.losses["agents"]
     assert (loss.surrogate, loss.epsilon) == (surrogate, epsilon)
     if config in (HappoConfig, ClipHappoConfig):
@@ -62,7 +55,7 @@ def test_the_configuration_reaches_the_loss(config, settings, surrogate, epsilon
 
 @pytest.mark.parametrize("over", ["none", "batch", "per_agent"])
 def test_advantages_are_mappos_normalised(over, make_experiment):
-    ours = make_experiment(config_of(MarsConfig, normalize_advantage=over))
+    ours = make_experiment(configured(MarsConfig, normalize_advantage=over))
     batch = next(iter(ours.collector))
     mappo = make_experiment(MappoConfig.get_from_yaml())
     raw = mappo.algorithm.process_batch("agents", batch.clone())["agents", "advantage"]
