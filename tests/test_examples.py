@@ -312,3 +312,21 @@ def test_learning_curves(run, tmp_path, script, load):
     run(MarsConfig.get_from_yaml(), seed=1, save_folder=str(folder), evaluation=True)
     assert "is there twice" in script(EXAMPLES / "learning_curves.py", folder, fails=True)
     assert "no evaluation" in script(EXAMPLES / "learning_curves.py", EXAMPLES, fails=True)
+
+
+def test_equal_epsilon(script):
+    """The KL of the best shift against a naive search; MASPO's and MARS's are far below the clip's."""
+    path = BENCHMARKS / "equal_epsilon.py"
+    output = script(path, "--correlations", 0.3, "--points", 201)
+    kl = {name: float(value) for name, value in re.findall(r"(clip|quadratic|reciprocal) (0\.\d+)", output)}
+    a, n = torch.randn(2, 2_000_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    advantage, shifts = 0.3 * a + 0.91**0.5 * n, torch.linspace(0.01, 0.15, 29, dtype=torch.float64)
+    gains = [
+        (r * advantage - advantage.abs() / 0.4 * (r - 1).square()).mean()
+        for r in ((d * a - d * d / 2).exp() for d in shifts)
+    ]
+    best = shifts[int(torch.stack(gains).argmax())]
+    assert kl["quadratic"] == pytest.approx(float(best) ** 2 / 2, rel=0.15)  # neighbours of the grid are 14 % apart
+    assert kl["reciprocal"] == pytest.approx(kl["quadratic"], rel=0.05)
+    assert kl["clip"] > 5 * kl["quadratic"]
+    assert "ε of reciprocal for the clip's KL: none" in output

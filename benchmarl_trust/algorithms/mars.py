@@ -25,8 +25,8 @@ class Mars(Simultaneous):
     R    clip   MARS
     ==== ====== ======
     .1   .0071  .00031
-    .3   .0163  .0024
-    .5   .0307  .0049
+    .3   .016   .0024
+    .5   .031   .0049
     ==== ====== ======
 
     So a comparison at equal ε compares step sizes. No ε < .5 gives MARS the KL of the clip at .2. Each run logs
@@ -57,7 +57,7 @@ class Maspo(Simultaneous):
     ``epsilon=.2910`` the optima are those of MARS at ε = .2, the control of its ablation.
 
     At equal ε its steps are as small as MARS's, see :class:`Mars`: the KL per iteration at ε = .2 is .00031, .0024 and
-    .0049 where the clip's is .0071, .0163 and .0307. The ε that gives the clip's: .97, .54, .54.
+    .0049 where the clip's is .0071, .016 and .031. The ε that gives the clip's: .97, .55, .54.
 
     Args:
         **kwargs: those of :class:`~benchmarl_trust.algorithms.simultaneous.Simultaneous`.
