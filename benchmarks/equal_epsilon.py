@@ -2,7 +2,7 @@
 
 A Gaussian action of unit deviation, whose mean an iteration may shift by δ: the log-ratio is x = δ a - δ²/2, the KL
 divergence δ²/2. The advantage A is normal and correlates by R with a. Printed is the KL of the shift that maximises the
-expected gain, at ε, and the ε at which another gain has the clip's KL. In as many dimensions as one likes the same holds
+expected gain, at ε, and the ε at which another gain has the clip's KL. In any number of dimensions the same holds
 along the direction of the shift.
 
     python benchmarks/equal_epsilon.py    # a minute on two cores
@@ -10,6 +10,7 @@ along the direction of the shift.
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -35,13 +36,13 @@ def best_kl(name: str, correlation: float, epsilon: float, points: int = 801) ->
     return (low + high) ** 2 / 8
 
 
-def root(function: Callable[[float], float], low: float, high: float) -> float | None:
-    """Where an increasing function is zero; None if not between these two."""
-    if function(high) < 0:
+def epsilon_for(kl: float, kl_at: Callable[..., float], high: float, low: float = 0.05) -> float | None:
+    """The ε between these two at which ``kl_at(epsilon=ε)``, which grows with ε, is this; None if there is none."""
+    if kl_at(epsilon=high) < kl:
         return None
     for _ in range(10):
         middle = (low + high) / 2
-        low, high = (middle, high) if function(middle) < 0 else (low, middle)
+        low, high = (middle, high) if kl_at(epsilon=middle) < kl else (low, middle)
     return (low + high) / 2
 
 
@@ -57,7 +58,8 @@ def main() -> None:
         kl = {name: best_kl(name, correlation, args.epsilon, args.points) for name in ("clip", *others)}
         print(f"R = {correlation}: KL " + ", ".join(f"{name} {value:.5f}" for name, value in kl.items()))
         for name, largest in others.items():
-            found = root(lambda e, name=name: best_kl(name, correlation, e, args.points) - kl["clip"], 0.05, largest)
+            kl_at = partial(best_kl, name, correlation, points=args.points)
+            found = epsilon_for(kl["clip"], kl_at, largest)
             print(f"    ε of {name} for the clip's KL: " + ("none" if found is None else f"{found:.2f}"), flush=True)
 
 
