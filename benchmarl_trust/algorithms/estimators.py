@@ -160,7 +160,9 @@ class GpaeEstimator(GaeEstimator):
                 "one algorithm for all groups.",
             )
         if self.off_policy:
-            self.algorithm.resume_state.batch_shapes |= {group: self._batch_shape for group in self.algorithm.group_map}
+            state, groups = self.algorithm.resume_state, self.algorithm.group_map
+            state.batch_shapes |= {group: self._batch_shape for group in groups}
+            state.n_rollouts |= {group: self.n_rollouts for group in groups}
         if not self.algorithm.share_param_critic:
             refuse(
                 "share_param_critic",
@@ -245,12 +247,6 @@ class GpaeEstimator(GaeEstimator):
         rows, length = batch.shape
         if len(buffer) == 0:
             return batch
-        if len(buffer.storage._storage) < buffer.storage.max_size:
-            raise ValueError(
-                f"algorithm.n_rollouts={self.n_rollouts}: the restored checkpoint was saved with fewer, and its "
-                "buffer has no room for as many. Restore with the n_rollouts it was saved with, or save checkpoints "
-                "without their buffers (experiment.exclude_buffer_from_checkpoint=True)."
-            )
         kept = buffer.storage[: len(buffer)].reshape(-1, length)[-rows * (self.n_rollouts - 1) :]
         kept = kept.select(*batch.keys(True, True)).to(batch.device)
         batch = torch.cat([kept, batch])

@@ -11,6 +11,8 @@ from benchmarl.environments import Task, TaskClass
 from benchmarl.experiment import Callback, Experiment, ExperimentConfig
 from benchmarl.models.common import ModelConfig
 
+from benchmarl_trust.runtime.restore import check_restore
+
 
 class Plan(NamedTuple):
     """What an experiment is asked to be: the arguments of :class:`benchmarl.experiment.Experiment`."""
@@ -44,6 +46,8 @@ def check_plan(plan: Plan) -> None:
     """
     for config in plan.ours:
         config.check_keys()
+    if plan.config.restore_file is not None:
+        check_restore(plan)
 
 
 def look_before_setup() -> None:

@@ -1,16 +1,22 @@
 """What BenchMARL's checkpoints lack: an exact continuation, and a file that is whole at any moment."""
 
 import copy
+import json
 import os
 import random
+import shutil
+import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from benchmarl.experiment import Callback, Experiment
 from tensordict import TensorDictBase
+from torchrl.record import CSVLogger
 
 from benchmarl_trust.runtime.guard import own_callback
+from benchmarl_trust.runtime.record import IDENTITY, differences, record_of
 
 KEY = "benchmarl_trust"
 
@@ -24,7 +30,10 @@ class ResumeState(Callback):
     Learning rates that a schedule has changed come back too. A run that is resumed with another ``experiment.lr`` keeps
     that one; all other settings of the optimizers are always those of the running experiment.
 
-    BenchMARL writes the report of a resumed run anew; with what is restored here it has the evaluations before too.
+    BenchMARL writes the report of a resumed run anew; with what is restored here it has the evaluations before too. A
+    run of another algorithm, task or seed that starts from the checkpoint has a report of its own. Once training goes
+    on, the report and the CSV files lose what came after the checkpoint and is now done again; evaluating an older
+    checkpoint takes nothing from them.
 
     ``Experiment.run`` seeds the global generators afresh before it collects, so their states are set once on loading
     and again when the first batch has been collected.
@@ -33,13 +42,15 @@ class ResumeState(Callback):
         generators (list of torch.Generator): further generators to save, those of the algorithms.
         batch_shapes (dict of list of int): [environments, steps] of the batches that a group's buffer keeps from one
             iteration to the next; empty where none does.
+        n_rollouts (dict of int): how many of them, by group; 1 where it is not said.
     """
 
     def __init__(self):
         super().__init__()
         self.generators: list[torch.Generator] = []
         self.batch_shapes: dict[str, list[int]] = {}
-        self._random_state: dict[str, Any] | None = None
+        self.n_rollouts: dict[str, int] = {}
+        self._restored: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, experiment: Experiment) -> "ResumeState":
@@ -54,7 +65,9 @@ class ResumeState(Callback):
                 for group, optimizers in self.experiment.optimizers.items()
             },
             "lr": self.experiment.config.lr,
+            "record": record_of(self.experiment),
             "batch_shapes": dict(self.batch_shapes),
+            "n_rollouts": dict(self.n_rollouts),
             "generators": [[generator.device.type, generator.get_state()] for generator in self.generators],
             "random": _random_state(),
             "report": copy.deepcopy(self._report()),
@@ -65,52 +78,102 @@ class ResumeState(Callback):
         algorithms' generators start anew.
 
         Raises:
-            ValueError: if the checkpoint is of an algorithm with other optimizers, or has batches of another shape.
+            ValueError: as :meth:`check`.
         """
         state = state_dict.get(KEY)
         if state is None:
             return
-        self._check_batch_shapes(state_dict, state.get("batch_shapes", {}))
+        self.check(state_dict)
         same_lr = state.get("lr") == self.experiment.config.lr
         for group, optimizers in state["optimizers"].items():
-            current = self.experiment.optimizers[group]
+            for name, optimizer_state in optimizers.items():
+                _load(self.experiment.optimizers[group][name], optimizer_state, same_lr)
+        for generator, (device, generator_state) in zip(self.generators, state["generators"], strict=True):
+            if generator.device.type == device:
+                generator.set_state(generator_state.cpu())
+        different = differences(state.get("record", {}), record_of(self.experiment), IDENTITY)
+        if different:
+            warnings.warn(
+                f"This run starts from the checkpoint of another one ({different}). It takes over parameters, states "
+                f"of optimizers and generators, and the count of frames, {self.experiment.total_frames} so far; its "
+                "report is its own and starts here.",
+                stacklevel=2,
+            )
+        report = {} if different else copy.deepcopy(state.get("report", {}))
+        self._set_report(self._report_on_disk(at_least=report) or report)
+        self._restored = {"random": state["random"], "report": report, "iteration": self.experiment.n_iters_performed}
+        _set_random_state(state["random"])
+
+    def on_batch_collected(self, batch: TensorDictBase) -> None:
+        """After the first batch since loading, put the global generators back once more, and forget what came after
+        the checkpoint.
+        """
+        if self._restored is None:
+            return
+        restored, self._restored = self._restored, None
+        _set_random_state(restored["random"])
+        self._set_report(restored["report"])
+        for logger in self.experiment.logger.loggers:
+            if isinstance(logger, CSVLogger):
+                _forget_rows(logger, restored["iteration"])
+
+    def check(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose optimizers or kept batches are not this experiment's.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        state = state_dict.get(KEY, {})
+        for group, optimizers in state.get("optimizers", {}).items():
+            current = self.experiment.optimizers.get(group, {})
             if optimizers.keys() != current.keys():
                 raise ValueError(
                     f"The checkpoint is of another algorithm, or of policies shared otherwise: for group {group} it "
                     f"has the optimizers {list(optimizers)}, this experiment has {list(current)}."
                 )
-            for name, optimizer_state in optimizers.items():
-                _load(current[name], optimizer_state, same_lr)
-        for generator, (device, generator_state) in zip(self.generators, state["generators"], strict=True):
-            if generator.device.type == device:
-                generator.set_state(generator_state.cpu())
-        self._report().update(copy.deepcopy(state.get("report", {})))
-        self._random_state = state["random"]
-        _set_random_state(self._random_state)
+        kept = [group for group in self.batch_shapes if state_dict.get(f"buffer_{group}") is not None]
+        for group in kept:
+            self._check_kept(group, state.get("batch_shapes", {}).get(group), state.get("n_rollouts", {}).get(group, 1))
 
-    def on_batch_collected(self, batch: TensorDictBase) -> None:
-        """After the first batch since loading, put the global generators back once more."""
-        if self._random_state is not None:
-            _set_random_state(self._random_state)
-            self._random_state = None
-
-    def _check_batch_shapes(self, state_dict: dict[str, Any], saved: dict[str, list[int]]) -> None:
+    def _check_kept(self, group: str, old: list[int] | None, n_rollouts: int) -> None:
         """Kept batches lie flat in a buffer: cut to another length they would be trajectories that never were."""
-        for group, new in self.batch_shapes.items():
-            old = saved.get(group, new)
-            if old != new and state_dict.get(f"buffer_{group}") is not None:  # an empty one is saved as None
-                raise ValueError(
-                    f"The checkpoint keeps batches of {old[0]} environments and {old[1]} steps for group {group}; this "
-                    f"experiment collects {new[0]} environments and {new[1]} steps "
-                    "(experiment.on_policy_n_envs_per_worker, experiment.on_policy_collected_frames_per_batch). Resume "
-                    f"with {old[0]} environments and {old[0] * old[1]} frames, or save checkpoints without their "
-                    "buffers (experiment.exclude_buffer_from_checkpoint=True)."
-                )
+        without = "or save checkpoints without their buffers (experiment.exclude_buffer_from_checkpoint=True)."
+        new = self.batch_shapes[group]
+        if old not in (None, new):
+            raise ValueError(
+                f"The checkpoint keeps batches of {old[0]} environments and {old[1]} steps for group {group}; this "
+                f"experiment collects {new[0]} environments and {new[1]} steps "
+                "(experiment.on_policy_n_envs_per_worker, experiment.on_policy_collected_frames_per_batch). Resume "
+                f"with {old[0]} environments and {old[0] * old[1]} frames, {without}"
+            )
+        if n_rollouts < self.n_rollouts.get(group, 1):
+            raise ValueError(
+                f"algorithm.n_rollouts={self.n_rollouts[group]}: the checkpoint was saved with {n_rollouts}, and its "
+                f"buffer has no room for as many. Restore with the n_rollouts it was saved with, {without}"
+            )
 
     def _report(self) -> dict[str, Any]:
         """The evaluations in BenchMARL's JSON report, by step."""
         writer = self.experiment.logger.json_writer
         return {} if writer is None else writer.run_data
+
+    def _set_report(self, report: dict[str, Any]) -> None:
+        """In place: BenchMARL's writer holds the same dict twice."""
+        current = self._report()
+        if self.experiment.logger.json_writer is not None:
+            current.clear()
+            current.update({"absolute_metrics": {}, **copy.deepcopy(report)})
+
+    def _report_on_disk(self, at_least: dict[str, Any]) -> dict[str, Any] | None:
+        """The report in the run's folder if it has all that the checkpoint's has, and so may have more."""
+        writer, record = self.experiment.logger.json_writer, record_of(self.experiment)
+        try:
+            data = json.loads(Path(writer.path).read_text())
+            environment, task = record["task"].split("/")
+            report = data[environment][task][record["algorithm"]][f"seed_{record['seed']}"]
+        except (AttributeError, OSError, ValueError, KeyError):
+            return None  # no report is asked for, or there is none of this run
+        return report if report.keys() >= at_least.keys() else None
 
 
 class LatestCheckpoint(Callback):
@@ -120,6 +183,9 @@ class LatestCheckpoint(Callback):
     first: a run that is killed meanwhile may leave nothing but half a file. This file is written under another name and
     then takes its place in one step. It must come behind all callbacks that save something, so that their entries are
     in it.
+
+    Raises:
+        OSError: if it cannot be written, a full disk say, naming the file that is still whole.
     """
 
     @classmethod
@@ -132,8 +198,37 @@ class LatestCheckpoint(Callback):
         folder = self.experiment.folder_name / "checkpoints"
         if folder.is_dir():
             part = folder / "latest.pt.part"
-            torch.save(state_dict, part)
+            try:
+                torch.save(state_dict, part)
+            except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
+                part.unlink(missing_ok=True)
+                raise OSError(_not_saved(folder, error)) from error
             os.replace(part, folder / "latest.pt")
+
+
+def _not_saved(folder: Path, error: Exception) -> str:
+    """Why a checkpoint could not be written, and what there is to go on from."""
+    latest = folder / "latest.pt"
+    whole = "There is no checkpoint before it."
+    if latest.is_file():
+        whole = f"The one before is whole: free some space and go on with `python -m benchmarl.resume {latest}`."
+    free = shutil.disk_usage(folder).free
+    return f"The checkpoint cannot be saved in {folder} ({error}; {free / 1e6:.0f} MB are free there). {whole}"
+
+
+def _forget_rows(logger: CSVLogger, iteration: int) -> None:
+    """Take out of a resumed run's CSV files what it did from this iteration on before it was cut off."""
+    csv = logger.experiment
+    for file in Path(csv.log_dir, "scalars").glob("*.csv"):
+        rows = file.read_text().splitlines(keepends=True)
+        mine = [f"{step},{value}\n" for step, value in csv.scalars.get(file.stem, [])]
+        before = [row for row in rows[: len(rows) - len(mine)] if int(row.split(",")[0]) < iteration]
+        if before + mine != rows:
+            part = file.with_suffix(".part")
+            part.write_text("".join(before + mine))
+            if str(file) in csv.files:
+                csv.files.pop(str(file)).close()  # it will be opened anew, at its end
+            os.replace(part, file)
 
 
 def _load(optimizer: torch.optim.Optimizer, saved: dict[str, Any], with_lr: bool) -> None:

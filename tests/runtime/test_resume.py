@@ -13,6 +13,7 @@ from cases import CASES, FAMILIES, MAIN
 from benchmarl_trust import GpaeConfig, HappoConfig, MarsConfig
 from benchmarl_trust.runtime.resume import KEY
 
+other_seed = pytest.mark.filterwarnings("ignore:This run starts from the checkpoint of another one")
 all_cases = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
 
 
@@ -41,6 +42,7 @@ def interrupted():
         yield pytest.param(case, recurrent, id=name, marks=() if fast else pytest.mark.slow)
 
 
+@other_seed
 @pytest.mark.parametrize(("case", "recurrent"), interrupted())
 def test_resume_is_exact(case, recurrent, make_experiment, tmp_path):
     from test_smoke import MODELS
@@ -105,6 +107,7 @@ def scheduled(experiment):
     return learning_rates(experiment)
 
 
+@other_seed
 @all_cases
 def test_scheduled_learning_rates_come_back(case, make_experiment, tmp_path):
     one = make_experiment(case.config(), adam_eps=1e-6)
@@ -294,6 +297,7 @@ def test_a_state_asked_for_without_checkpoints_writes_nothing(make_experiment):
     assert not (experiment.folder_name / "checkpoints").exists()
 
 
+@other_seed
 def test_slices_stay_slices_after_loading(make_experiment, tmp_path):
     one, other = make_experiment(HappoConfig.get_from_yaml()), make_experiment(HappoConfig.get_from_yaml(), seed=3)
     other.load_state_dict(one.state_dict())
