@@ -1,0 +1,46 @@
+"""The commands of the documentation's pages, as they stand there."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def commands(page: str) -> list[str]:
+    """The page's blocks of shell commands."""
+    return re.findall(r"^```bash\n(.*?)^```", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def shell(command: str, cwd: Path) -> str:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-e", "-c", command], cwd=cwd, env={**os.environ, "PATH": path}, capture_output=True, text=True
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-3000:]
+    return output
+
+
+@pytest.mark.slow
+def test_checkpoints(tmp_path):
+    first, after_a_crash, longer, warm, evaluate = commands("checkpoints.md")
+
+    def iterations(folder="first"):
+        (file,) = (tmp_path / "outputs" / folder).rglob("counters_iter.csv")
+        return [int(row.split(",")[0]) for row in file.read_text().splitlines()]
+
+    shell(first, tmp_path)
+    assert iterations() == [0, 1]
+    assert "Reloaded experiment" in shell(after_a_crash, tmp_path)
+    assert iterations() == [0, 1]  # it was finished
+    shell(longer, tmp_path)
+    assert iterations() == [0, 1, 2, 3]
+    assert "algorithm was mars and is maspo" in shell(warm, tmp_path)
+    assert iterations("warm") == [4, 5]
+    assert iterations() == [0, 1, 2, 3]
+    assert "Evaluation results logged" in shell(evaluate, tmp_path)
