@@ -9,9 +9,10 @@ __version__ = "0.1.0"
 from benchmarl_trust import algorithms
 from benchmarl_trust.algorithms import *  # noqa: F403
 from benchmarl_trust.environments import TrustGamesTask
+from benchmarl_trust.presets import experiment_config
 from benchmarl_trust.registration import register
 
 register()
 
-__all__ = ["TrustGamesTask", "register"]
+__all__ = ["TrustGamesTask", "experiment_config", "register"]
 __all__ += algorithms.__all__
