@@ -134,6 +134,12 @@ def test_presets_compose_and_are_the_same_from_python(preset):
     assert with_types(vars(experiment_config(preset))) == with_types(vars(config))
 
 
+@pytest.mark.parametrize("preset", PRESETS[1:])
+def test_presets_of_ours_need_no_account_and_no_display(preset):
+    config = experiment_config(preset)
+    assert (config.loggers, config.render, config.create_json) == (["csv"], False, True)
+
+
 def test_without_a_preset_the_experiment_is_benchmarls():
     assert experiment_config() == experiment_config("base_experiment")
     config = ExperimentConfig.get_from_yaml()
