@@ -14,10 +14,10 @@ DEMO_FOLDER ?= outputs/demo
 
 demo: $(VENV)/.installed-vmas
 	rm -rf $(DEMO_FOLDER)
-	$(BIN)/python -W ignore -m benchmarl.run -m algorithm=mars,mappo task=vmas/balance experiment=vmas_laptop \
+	$(BIN)/python -m benchmarl.run -m algorithm=mars,mappo task=vmas/balance experiment=vmas_laptop \
 		experiment.max_n_frames=$(DEMO_FRAMES) experiment.evaluation_interval=15000 \
 		experiment.on_policy_collected_frames_per_batch=3000 experiment.on_policy_n_envs_per_worker=30 \
-		experiment.on_policy_minibatch_size=750 hydra.sweep.dir=$(DEMO_FOLDER)
+		experiment.on_policy_minibatch_size=750 hydra.sweep.dir=$(DEMO_FOLDER) > /dev/null
 	$(BIN)/python examples/learning_curves.py $(DEMO_FOLDER)
 
 test: $(VENV)/.installed-test

@@ -9,9 +9,12 @@ __version__ = "0.1.0"
 from benchmarl_trust import algorithms
 from benchmarl_trust.algorithms import *  # noqa: F403
 from benchmarl_trust.environments import TrustGamesTask
+from benchmarl_trust.host_warnings import ignore_harmless
+from benchmarl_trust.presets import experiment_config
 from benchmarl_trust.registration import register
 
 register()
+ignore_harmless()
 
-__all__ = ["TrustGamesTask", "register"]
+__all__ = ["TrustGamesTask", "experiment_config", "register"]
 __all__ += algorithms.__all__

@@ -6,11 +6,11 @@ python examples/custom_callback.py --iterations 40
 import argparse
 
 from benchmarl.environments import VmasTask
-from benchmarl.experiment import Callback, Experiment, ExperimentConfig
+from benchmarl.experiment import Callback, Experiment
 from benchmarl.models import MlpConfig
 from tensordict import TensorDictBase
 
-from benchmarl_trust import ClipHappoConfig
+from benchmarl_trust import ClipHappoConfig, experiment_config
 
 
 class LinearDecay(Callback):
@@ -33,12 +33,14 @@ class LinearDecay(Callback):
 
 def make_experiment(iterations: int, frames: int = 3_000) -> Experiment:
     """BenchMARL's Experiment with the callback; the package adds its own behind it."""
-    config = ExperimentConfig.get_from_yaml()
-    config.max_n_iters, config.max_n_frames = iterations, None
-    config.on_policy_collected_frames_per_batch, config.on_policy_n_envs_per_worker = frames, 30
-    config.on_policy_n_minibatch_iters, config.on_policy_minibatch_size, config.lr = 5, 1_000, 3e-4
-    config.evaluation_interval, config.render, config.loggers = 15_000, False, ["csv"]
-    config.share_policy_params = False
+    config = experiment_config(
+        "vmas_laptop",
+        max_n_iters=iterations,
+        max_n_frames=None,
+        on_policy_collected_frames_per_batch=frames,
+        on_policy_n_envs_per_worker=30,
+        evaluation_interval=15_000,
+    )
     return Experiment(
         task=VmasTask.BALANCE.get_from_yaml(),
         algorithm_config=ClipHappoConfig.get_from_yaml(),

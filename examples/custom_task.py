@@ -9,14 +9,14 @@ from collections.abc import Callable
 
 import torch
 from benchmarl.environments.vmas.common import VmasClass
-from benchmarl.experiment import Experiment, ExperimentConfig
+from benchmarl.experiment import Experiment
 from benchmarl.models import MlpConfig
 from torch import Tensor
 from torchrl.envs import EnvBase, VmasEnv
 from vmas.simulator.core import Agent, World
 from vmas.simulator.scenario import BaseScenario
 
-from benchmarl_trust import HatrpoConfig
+from benchmarl_trust import HatrpoConfig, experiment_config
 
 
 class Meeting(BaseScenario):
@@ -66,12 +66,14 @@ class MeetingTask(VmasClass):
 
 def make_experiment(iterations: int, frames: int = 3_000) -> Experiment:
     """BenchMARL's Experiment on the task."""
-    config = ExperimentConfig.get_from_yaml()
-    config.max_n_iters, config.max_n_frames = iterations, None
-    config.on_policy_collected_frames_per_batch, config.on_policy_n_envs_per_worker = frames, 60
-    config.on_policy_n_minibatch_iters, config.on_policy_minibatch_size, config.lr = 5, 1_000, 3e-4
-    config.evaluation_interval, config.render, config.loggers = 15_000, False, ["csv"]
-    config.share_policy_params = False
+    config = experiment_config(
+        "vmas_laptop",
+        max_n_iters=iterations,
+        max_n_frames=None,
+        on_policy_collected_frames_per_batch=frames,
+        on_policy_n_envs_per_worker=60,
+        evaluation_interval=15_000,
+    )
     return Experiment(
         task=MeetingTask(name="MEETING", config={"max_steps": 50, "n_agents": 3}),
         algorithm_config=HatrpoConfig.get_from_yaml(),

@@ -7,20 +7,22 @@ import argparse
 
 from benchmarl.algorithms import EnsembleAlgorithmConfig, MappoConfig
 from benchmarl.environments import VmasTask
-from benchmarl.experiment import Experiment, ExperimentConfig
+from benchmarl.experiment import Experiment
 from benchmarl.models import MlpConfig
 
-from benchmarl_trust import HappoConfig
+from benchmarl_trust import HappoConfig, experiment_config
 
 
 def make_experiment(iterations: int, frames: int = 3_000) -> Experiment:
     """BenchMARL's Experiment, with an ensemble where an algorithm would stand."""
-    config = ExperimentConfig.get_from_yaml()
-    config.max_n_iters, config.max_n_frames = iterations, None
-    config.on_policy_collected_frames_per_batch, config.on_policy_n_envs_per_worker = frames, 30
-    config.on_policy_n_minibatch_iters, config.on_policy_minibatch_size = 5, 1_000
-    config.evaluation_interval, config.render, config.loggers = 15_000, False, ["csv"]
-    config.share_policy_params = False
+    config = experiment_config(
+        "vmas_laptop",
+        max_n_iters=iterations,
+        max_n_frames=None,
+        on_policy_collected_frames_per_batch=frames,
+        on_policy_n_envs_per_worker=30,
+        evaluation_interval=15_000,
+    )
     return Experiment(
         task=VmasTask.SIMPLE_TAG.get_from_yaml(),
         algorithm_config=EnsembleAlgorithmConfig(

@@ -2,7 +2,9 @@
 # Algorithms x seeds on VMAS tasks in parallel processes, by Hydra's joblib launcher; then a table of their returns and
 # the plots of BenchMARL's eval_results, where marl_eval is installed (README, Reporting).
 #
-#   pip install '.[vmas,plots,sweep]'
+# It needs the extra sweep, Hydra's launchers:
+#
+#   pip install "benchmarl_trust[sweep]"
 #   bash examples/sweep.sh                                                # into outputs/sweep, two runs at a time
 #   JOBS=8 bash examples/sweep.sh outputs/tag algorithm=mappo,happo task=vmas/simple_tag seed=0,1,2,3
 #
@@ -18,8 +20,12 @@ if [[ -e $folder ]]; then
     echo "$folder is there already: remove it, or name a new folder." >&2
     exit 2
 fi
+if ! python -c "import hydra_plugins.hydra_joblib_launcher" 2> /dev/null; then
+    echo "Hydra's joblib launcher is missing: pip install \"benchmarl_trust[sweep]\"" >&2
+    exit 2
+fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # one thread for each run: they share the cores
 
-python -W ignore -m benchmarl.run -m hydra/launcher=joblib hydra.launcher.n_jobs="${JOBS:-2}" hydra.sweep.dir="$folder" \
+python -m benchmarl.run -m hydra/launcher=joblib hydra.launcher.n_jobs="${JOBS:-2}" hydra.sweep.dir="$folder" \
     algorithm=mappo,happo,mars seed=0,1,2 task=vmas/balance experiment=vmas_laptop "$@"
 python "$(dirname "$0")/compare.py" --plot-only --out "$folder"

@@ -5,11 +5,12 @@ from dataclasses import MISSING, fields
 import pytest
 import yaml
 from benchmarl.algorithms import MappoConfig, algorithm_config_registry
-from benchmarl.hydra_config import load_algorithm_config_from_hydra
+from benchmarl.experiment import ExperimentConfig
+from benchmarl.hydra_config import load_algorithm_config_from_hydra, load_experiment_config_from_hydra
 from cases import CASES
 from hydra import compose, initialize_config_module
 
-from benchmarl_trust import ALGORITHMS, MarsConfig, MaspoConfig, register
+from benchmarl_trust import ALGORITHMS, MarsConfig, MaspoConfig, experiment_config, register
 from benchmarl_trust.algorithms.sequential_gradient import SequentialGradientConfig
 from benchmarl_trust.algorithms.sequential_natural import SequentialNaturalConfig
 from benchmarl_trust.paths import conf_folder
@@ -107,15 +108,67 @@ def test_hydra_and_yaml_give_the_same_config(name):
     assert load_algorithm_config_from_hydra(cfg.algorithm) == ALGORITHMS[name].get_from_yaml()
 
 
-@pytest.mark.parametrize("preset", sorted(p.stem for p in (conf_folder() / "experiment").glob("*.yaml")))
-def test_presets_compose_and_are_valid(preset):
-    with initialize_config_module("benchmarl.conf", version_base=None):
-        cfg = compose("config", overrides=["algorithm=mars", "task=vmas/balance", f"experiment={preset}"])
-    from omegaconf import OmegaConf
+PRESETS = ["base_experiment", *sorted(p.stem for p in (conf_folder() / "experiment").glob("*.yaml"))]
 
-    config = OmegaConf.to_object(cfg.experiment)
+
+def composed(preset, *overrides):
+    """What BenchMARL's command line makes of it."""
+    with initialize_config_module("benchmarl.conf", version_base=None):
+        choices = ["algorithm=mars", "task=vmas/balance", f"experiment={preset}"]
+        cfg = compose("config", overrides=[*choices, *overrides])
+    return load_experiment_config_from_hydra(cfg.experiment)
+
+
+def with_types(value):
+    """A value with the types of all that is in it: 10 is not 10.0."""
+    if isinstance(value, dict):
+        return {key: with_types(item) for key, item in value.items()}
+    return (type(value), [with_types(item) for item in value]) if isinstance(value, list) else (type(value), value)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_compose_and_are_the_same_from_python(preset):
+    config = composed(preset)
     config.validate(on_policy=True)
     config.validate(on_policy=False)
+    assert with_types(vars(experiment_config(preset))) == with_types(vars(config))
+
+
+@pytest.mark.parametrize("preset", PRESETS[1:])
+def test_presets_of_ours_need_no_account_and_no_display(preset):
+    config = experiment_config(preset)
+    assert (config.loggers, config.render, config.create_json) == (["csv"], False, True)
+
+
+def test_without_a_preset_the_experiment_is_benchmarls():
+    assert experiment_config() == experiment_config("base_experiment")
+    config = ExperimentConfig.get_from_yaml()
+    assert vars(experiment_config()) == vars(config) | {"clip_grad_val": 5.0}
+
+
+def test_overrides_of_a_preset_are_the_command_lines():
+    words = ["clip_grad_val=7", "loggers=[]", "restore_map_location={cuda:cpu}"]
+    words = [f"experiment.{word}" for word in ("max_n_frames=12000", "exploration_anneal_frames=null", *words)]
+    words.append("++experiment.adam_extra_kwargs.amsgrad=true")
+    values = {"max_n_frames": 12_000, "exploration_anneal_frames": None, "clip_grad_val": 7, "loggers": []}
+    values |= {"restore_map_location": {"cuda": "cpu"}, "adam_extra_kwargs": {"amsgrad": True}}
+    config = experiment_config("vmas_fine_tuned", **values)
+    assert with_types(vars(config)) == with_types(vars(composed("vmas_fine_tuned", *words)))
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "message"),
+    [
+        ("vmas_desktop", {}, "no experiment preset vmas_desktop. Did you mean vmas_laptop.*sequential_papers"),
+        ("x", {}, "no experiment preset x. There are base_experiment, sequential_papers"),
+        (None, {"max_frames": 1}, "no experiment key max_frames. Did you mean max_n_frames"),
+        ("vmas_laptop", {"defaults": []}, "no experiment key defaults"),
+        ("vmas_laptop", {"lr": "fast"}, "(?s)'fast'.*full_key: lr"),
+    ],
+)
+def test_bad_presets_and_keys_are_refused(preset, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        experiment_config(preset, **overrides)
 
 
 def test_config_from_a_path(tmp_path):

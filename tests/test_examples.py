@@ -65,6 +65,7 @@ def test_options_of_one_name_mean_the_same(script, monkeypatch):
         defaults[option] = {name: default for name, (_, _, default) in found.items()}
     assert defaults["--out"].pop("learning_curves") is None  # the folder of the runs
     assert defaults["--out"] == {name: f"outputs/{name}" for name in defaults["--out"]}
+    del defaults["--out"]["show"]  # it trains nothing
     assert all(isinstance(seed, int) for default in defaults["--seeds"].values() for seed in json.loads(default))
     assert defaults["--seeds"].keys() == defaults["--override"].keys() == defaults["--out"].keys()
     for text in helps.values():
@@ -253,15 +254,25 @@ def test_copies_with_a_seed_of_their_own_start_differently(own, load, make_exper
     assert len(first.unique(dim=0)) == (len(first) if own else 1)  # without, BenchMARL starts all copies alike
 
 
+def sweep(*arguments, **environment):
+    command = ["bash", str(EXAMPLES / "sweep.sh"), *arguments]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | environment
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_a_sweep_without_its_extra_names_the_cure(tmp_path):
+    missing = tmp_path / "hydra_plugins" / "hydra_joblib_launcher.py"
+    missing.parent.mkdir()
+    missing.write_text("raise ImportError")
+    done = sweep(str(tmp_path / "sweep"), PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == 'Hydra\'s joblib launcher is missing: pip install "benchmarl_trust[sweep]"\n'
+    assert not (tmp_path / "sweep").exists()
+
+
 @pytest.mark.slow
 def test_sweep(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-
-    def sweep(*arguments):
-        command = ["bash", str(EXAMPLES / "sweep.sh"), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-
     done = sweep(str(tmp_path / "sweep"), "algorithm=mappo,happo", "seed=3", *TINY[1:])
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("balance")]
