@@ -9,6 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+#: So many computed residuals in a row without progress, and a system has stagnated.
+PATIENCE = 5
+
 
 class Solution(NamedTuple):
     """What :func:`conjugate_gradient` has found.
@@ -43,8 +46,13 @@ def conjugate_gradient(
     A system stops, while the others go on, once rᵀr ≤ tolerance · bᵀb. There is no host round trip: a stopped system
     is held by ``torch.where``, and all iterations are computed. The recursion's residual drifts from b - A x by
     rounding; every ``refresh`` iterations, if more are to come, it is computed anew at the price of a product, and a
-    system that proves not to have converged goes on along it. In exact arithmetic rᵀp = rᵀr. Once the residual has
-    been computed anew they differ: α with rᵀp still leads to the minimum along p, with rᵀr it may diverge.
+    system that proves not to have converged goes on along it. A system also stops, for good, where :data:`PATIENCE`
+    times in a row neither that residual has become smaller than ever before nor the objective bᵀx - xᵀA x/2, which each
+    exact step raises, larger by more than rounding. On the CPU, where looking costs no wait, the loop ends once all
+    have stopped.
+
+    In exact arithmetic rᵀp = rᵀr. Once the residual has been computed anew they differ: α with rᵀp still leads to the
+    minimum along p, with rᵀr it may diverge.
 
     Source: Hestenes & Stiefel 1952. The trust-region reference implementations stop at an absolute rᵀr < 1e-10, which
     depends on the scale of the advantages; relative to bᵀb it does not.
@@ -76,10 +84,11 @@ def conjugate_gradient(
     threshold = tolerance * _dot(b, b)
     finite = squared.isfinite() & threshold.isfinite()
     steps = torch.zeros_like(squared)
+    idle, least, highest = torch.zeros_like(squared), squared, _dot(x, b + residual)  # twice the objective
     for k in range(1, iterations + 1):
         product = matvec(direction)
         curvature = _dot(direction, product)
-        active = finite & (squared > threshold)
+        active = finite & (idle < PATIENCE) & (squared > threshold)
         finite = finite & ~(active & ~(curvature.isfinite() & (curvature > 0)))
         active = active & finite
         length = torch.where(active, _dot(residual, direction) / curvature, 0).unsqueeze(-1)
@@ -92,7 +101,12 @@ def conjugate_gradient(
             computed = b - matvec(x)
             finite = finite & _dot(computed, computed).isfinite()
             residual = torch.where(finite.unsqueeze(-1), computed, residual)
-            squared = _dot(residual, residual)
+            squared, objective = _dot(residual, residual), _dot(x, b + residual)
+            better = (squared < least) | (objective - highest > torch.finfo(b.dtype).eps * objective.abs())
+            idle = torch.where(better & (idle < PATIENCE), 0, idle + 1)
+            least, highest = torch.minimum(least, squared), torch.maximum(highest, objective)
+            if b.device.type == "cpu" and not (finite & (idle < PATIENCE) & (squared > threshold)).any():
+                break
         direction = residual + momentum * direction
         steps = steps + active
     return Solution(x, residual, steps, finite)
