@@ -1,31 +1,14 @@
-"""Settings that have no meaning are refused before anything is collected: key, value, reason, cure."""
+"""Settings that have no meaning beside others are refused: key, value, reason, cure. Those of one key: ``keys.py``."""
 
-from collections.abc import Iterable
+import math
+import os
 from typing import NoReturn
 
-from benchmarl_trust import functional as F
+import torch
 
-
-def check_number(key: str, value: object, usual: object, **interval) -> None:
-    """:func:`benchmarl_trust.functional.check_number` of an algorithm's key.
-
-    Examples:
-        >>> check_number("kl_threshold", float("nan"), usual=0.01, above=0)
-        Traceback (most recent call last):
-        ValueError: algorithm.kl_threshold=nan must be a number above 0. The usual value is 0.01.
-    """
-    F.check_number(f"algorithm.{key}", value, usual, **interval)
-
-
-def check_choice(key: str, value: object, choices: Iterable[str]) -> None:
-    """:func:`benchmarl_trust.functional.check_choice` of an algorithm's key.
-
-    Examples:
-        >>> check_choice("advantage", "joint", ("per_agent", "team"))
-        Traceback (most recent call last):
-        ValueError: algorithm.advantage=joint is unknown: choose one of per_agent, team.
-    """
-    F.check_choice(f"algorithm.{key}", value, choices)
+#: Bytes that any agent takes per frame at least: its reward, log-prob, value, its target and the advantage, the ratio
+#: of older data, an observation and an action of one number each, 4 bytes each.
+LEAST_BYTES = 32
 
 
 def refuse(key: str, value: object, reason_and_cure: str) -> NoReturn:
@@ -35,3 +18,37 @@ def refuse(key: str, value: object, reason_and_cure: str) -> NoReturn:
         ValueError: always, naming the key.
     """
     raise ValueError(f"algorithm.{key}={value}: {reason_and_cure}")
+
+
+def check_memory(n_rollouts: int, frames: int, device: torch.device | str, frame_bytes: int = LEAST_BYTES) -> None:
+    """Refuse to keep more batches than the device's whole memory holds.
+
+    Args:
+        n_rollouts (int): how many.
+        frames (int): of a batch.
+        device (torch.device or str): where they are kept.
+        frame_bytes (int): of a frame, as far as known.
+
+    Raises:
+        ValueError: with the memory they would take.
+
+    Examples:
+        >>> check_memory(4, frames=6000, device="cpu")
+    """
+    needed, there = n_rollouts * frames * frame_bytes, _memory(torch.device(device))
+    if needed > there:
+        refuse(
+            "n_rollouts",
+            n_rollouts,
+            f"as many batches of {frames} frames take at least {needed / 1e9:,.0f} GB, and {device} has "
+            f"{there / 1e9:,.0f} GB. It must be a whole number that leaves room for the rest. The usual value is 1.",
+        )
+
+
+def _memory(device: torch.device) -> float:
+    """Bytes of the device; infinity where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return math.inf
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

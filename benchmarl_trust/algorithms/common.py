@@ -1,10 +1,11 @@
 """What all algorithms share: BenchMARL's MAPPO with a surrogate gain in place of its clip and an estimator by name."""
 
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 
 import torch
 from benchmarl.algorithms import Mappo, MappoConfig
 from benchmarl.algorithms.common import AlgorithmConfig
+from benchmarl.experiment import ExperimentConfig
 from benchmarl.utils import _read_yaml_config
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
@@ -14,8 +15,17 @@ from torchrl.envs import Transform
 from torchrl.objectives import LossModule
 
 from benchmarl_trust import functional as F
-from benchmarl_trust.algorithms.checks import check_choice, refuse
-from benchmarl_trust.algorithms.estimators import make_estimator
+from benchmarl_trust.algorithms.checks import check_memory
+from benchmarl_trust.algorithms.estimators import ESTIMATORS
+from benchmarl_trust.algorithms.keys import (
+    Choice,
+    Flag,
+    Number,
+    ScaleMapping,
+    check_fields,
+    check_host,
+    setting,
+)
 from benchmarl_trust.algorithms.metrics import to_host
 from benchmarl_trust.losses import SurrogateLoss
 from benchmarl_trust.paths import conf_folder
@@ -23,6 +33,10 @@ from benchmarl_trust.runtime import FiniteGuard, LatestCheckpoint, ResumeState
 
 #: The gains that bound the ratio by themselves.
 GAINS = tuple(name for name in F.SURROGATES if name != "linear")
+NO_TRUST_REGION = (
+    "r A alone has no trust region, and gradient steps have no other. Take one of "
+    f"{', '.join(GAINS)}, or a natural step such as algorithm=hatrpo."
+)
 
 
 class TrustRegion(Mappo):
@@ -31,8 +45,7 @@ class TrustRegion(Mappo):
     Policies, critics, GAE, buffers and the training loop are MAPPO's. A subclass says who moves when.
 
     Args:
-        surrogate (str): what one sample contributes, one of :attr:`surrogates`, see
-            :data:`benchmarl_trust.functional.SURROGATES`.
+        surrogate (str): what one sample contributes, see :data:`benchmarl_trust.functional.SURROGATES`.
         epsilon (float): radius of the trust region.
         epsilon_negative (float, optional): the radius where A < 0; None: ``epsilon``.
         factor (str, optional): how the agents that moved before weigh, see
@@ -48,7 +61,6 @@ class TrustRegion(Mappo):
     """
 
     loss_class = SurrogateLoss
-    surrogates: tuple[str, ...] = GAINS
     #: Whether an agent's advantages may be computed anew when its turn comes.
     corrects_advantages = False
 
@@ -65,18 +77,6 @@ class TrustRegion(Mappo):
         normalize_advantage: str,
         **kwargs,
     ):
-        if surrogate == "linear" and surrogate not in self.surrogates:
-            refuse(
-                "surrogate",
-                surrogate,
-                "r A alone has no trust region, and gradient steps have no other. Take one of "
-                f"{', '.join(GAINS)}, or a natural step such as algorithm=hatrpo.",
-            )
-        check_choice("surrogate", surrogate, self.surrogates)
-        F.check_surrogate(surrogate, epsilon, key="algorithm.epsilon")
-        if epsilon_negative is not None:
-            F.check_surrogate(surrogate, epsilon_negative, key="algorithm.epsilon_negative")
-        check_choice("normalize_advantage", normalize_advantage, F.NORMALIZATIONS)
         super().__init__(clip_epsilon=epsilon, **kwargs)
         self.surrogate = surrogate
         #: The radius as the gains take it: where A < 0, where A ≥ 0.
@@ -86,7 +86,7 @@ class TrustRegion(Mappo):
         self.guard = FiniteGuard.of(self.experiment)
         self.resume_state = ResumeState.of(self.experiment)
         LatestCheckpoint.of(self.experiment)
-        self.estimator = make_estimator(estimator, self, truncation, eta, n_rollouts)
+        self.estimator = ESTIMATORS[estimator](self, truncation, eta, n_rollouts)
 
     def _get_loss(self, group: str, policy_for_loss: TensorDictModule, continuous: bool) -> tuple[LossModule, bool]:
         loss = self.loss_class(
@@ -180,22 +180,22 @@ class TrustRegionConfig(AlgorithmConfig):
     the keys mean.
     """
 
-    surrogate: str = MISSING
-    factor: str | None = MISSING
-    estimator: str = MISSING
-    truncation: str = MISSING
-    eta: float = MISSING
-    n_rollouts: int = MISSING
-    normalize_advantage: str = MISSING
+    surrogate: str = setting(Choice(among=F.SURROGATES, elsewhere={"linear": NO_TRUST_REGION}, usual="clip"))
+    factor: str | None = setting(Choice(among=F.FACTORS, usual="full"))
+    estimator: str = setting(Choice(among=ESTIMATORS, usual="gae"))
+    truncation: str = setting(Choice(among=F.TRACES, usual="dt"))
+    eta: float = setting(Number(least=1, usual=1.02))
+    n_rollouts: int = setting(Number(least=1, most=None, whole=True, usual=1))  # as many as memory holds
+    normalize_advantage: str = setting(Choice(among=F.NORMALIZATIONS, usual="none"))
 
-    share_param_critic: bool = MISSING
-    entropy_coef: float = MISSING
-    critic_coef: float = MISSING
-    loss_critic_type: str = MISSING
-    lmbda: float = MISSING
-    scale_mapping: str = MISSING
-    use_tanh_normal: bool = MISSING
-    minibatch_advantage: bool = MISSING
+    share_param_critic: bool = setting(Flag(usual=True))
+    entropy_coef: float = setting(Number(least=0, usual=0.0))
+    critic_coef: float = setting(Number(above=0, usual=1.0))  # with 0 the critic would stay as it is, or count as 1
+    loss_critic_type: str = setting(Choice(among=("l2", "l1", "smooth_l1"), usual="l2"))
+    lmbda: float = setting(Number(least=0, most=1, usual=0.9))
+    scale_mapping: str = setting(ScaleMapping(usual="biased_softplus_1.0"))
+    use_tanh_normal: bool = setting(Flag(usual=True))
+    minibatch_advantage: bool = setting(Flag(usual=False))
 
     @classmethod
     def get_from_yaml(cls, path: str | None = None) -> "TrustRegionConfig":
@@ -203,8 +203,16 @@ class TrustRegionConfig(AlgorithmConfig):
         name = f"{cls.associated_class().__name__.lower()}.yaml"
         return cls(**_read_yaml_config(str(path or conf_folder() / "algorithm" / name)))
 
-    def check_keys(self) -> None:
-        """Refuse values that no experiment can have, each key by itself."""
+    def check_keys(self, experiment: ExperimentConfig) -> None:
+        """Refuse what can be known to be wrong before the task is: our keys, and the host's that our updates need.
+
+        Raises:
+            ValueError: naming the key, what it may be and the usual value.
+        """
+        check_fields(self)
+        check_host(experiment)
+        frames = experiment.collected_frames_per_batch(self.on_policy())
+        check_memory(self.n_rollouts, frames, experiment.train_device)
 
     supports_continuous_actions = staticmethod(MappoConfig.supports_continuous_actions)
     supports_discrete_actions = staticmethod(MappoConfig.supports_discrete_actions)

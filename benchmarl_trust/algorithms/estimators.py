@@ -26,7 +26,7 @@ from torchrl.envs import Compose, Transform
 from torchrl.objectives import ValueEstimators
 
 from benchmarl_trust import functional as F
-from benchmarl_trust.algorithms.checks import check_choice, check_number, refuse
+from benchmarl_trust.algorithms.checks import LEAST_BYTES, check_memory, refuse
 from benchmarl_trust.algorithms.metrics import advantage_metrics, each_and_mean, mean_of_each, variance_of_each
 from benchmarl_trust.losses import SurrogateLoss
 from benchmarl_trust.updates import Advantage
@@ -62,9 +62,6 @@ class GaeEstimator:
     def __init__(self, algorithm: "TrustRegion", truncation: str, eta: float, n_rollouts: int):
         self.algorithm = algorithm
         self.truncation, self.eta, self.n_rollouts = truncation, eta, n_rollouts
-        F.check_gpae(truncation, eta, algorithm.lmbda, gamma=1, prefix="algorithm.")
-        F.check_gpae(truncation, eta, algorithm.lmbda, gamma=algorithm.experiment_config.gamma, prefix="experiment.")
-        check_number("n_rollouts", n_rollouts, usual=1, least=1, whole=True)
         self._check()
 
     def n_batches(self, batch: TensorDictBase) -> int:
@@ -160,6 +157,8 @@ class GpaeEstimator(GaeEstimator):
                 "one algorithm for all groups.",
             )
         if self.off_policy:
+            envs, steps = self._batch_shape
+            check_memory(self.n_rollouts, envs * steps, self.algorithm.device, self._frame_bytes())
             state, groups = self.algorithm.resume_state, self.algorithm.group_map
             state.batch_shapes |= {group: self._batch_shape for group in groups}
             state.n_rollouts |= {group: self.n_rollouts for group in groups}
@@ -177,6 +176,15 @@ class GpaeEstimator(GaeEstimator):
         config, on_policy = self.algorithm.experiment_config, self.algorithm.on_policy
         envs = config.n_envs_per_worker(on_policy)
         return [envs, -(-config.collected_frames_per_batch(on_policy) // envs)]
+
+    def _frame_bytes(self) -> int:
+        """Of all groups: observations and states come twice, since each frame has the next one's too."""
+        algorithm = self.algorithm
+        specs = [algorithm.observation_spec, algorithm.observation_spec, algorithm.action_spec]
+        specs += [algorithm.state_spec] * 2 if algorithm.state_spec is not None else []
+        leaves = [leaf for spec in specs for leaf in spec.values(True, True)]
+        n_agents = sum(len(agents) for agents in algorithm.group_map.values())
+        return n_agents * LEAST_BYTES + sum(leaf.shape.numel() * leaf.dtype.itemsize for leaf in leaves)
 
     def critic(self, group: str) -> CounterfactualCritic:
         """The configured model as a counterfactual critic."""
@@ -366,16 +374,6 @@ ESTIMATORS: dict[str, type[GaeEstimator]] = {
     "gpae": GpaeEstimator,
     "preopc": PreopcEstimator,
 }
-
-
-def make_estimator(name: str, algorithm: "TrustRegion", truncation: str, eta: float, n_rollouts: int) -> GaeEstimator:
-    """The estimator of that name.
-
-    Raises:
-        ValueError: if there is none, or a setting of it is bad.
-    """
-    check_choice("estimator", name, ESTIMATORS)
-    return ESTIMATORS[name](algorithm, truncation, eta, n_rollouts)
 
 
 def counterfactual_critic(

@@ -6,7 +6,7 @@ BenchMARL's loop then trains the critic (the *critic phase*), since the loss tha
 """
 
 import warnings
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor
 from torchrl.objectives import LossModule
 
 from benchmarl_trust import functional as F
-from benchmarl_trust.algorithms.checks import check_choice, refuse
+from benchmarl_trust.algorithms.checks import refuse
 from benchmarl_trust.algorithms.common import TrustRegion, TrustRegionConfig
+from benchmarl_trust.algorithms.keys import Choice, Order, TeamLists, setting
 from benchmarl_trust.algorithms.metrics import each_and_mean, position_metrics, to_host
 from benchmarl_trust.algorithms.teams import Teams
 from benchmarl_trust.algorithms.twins import group_policy
@@ -26,6 +27,10 @@ from benchmarl_trust.policy import Agent, GroupPolicy, forward, kl_of, old_outpu
 from benchmarl_trust.updates import PositionInfo, advantage_score, semi_greedy
 
 ADVANTAGES = ("per_agent", "team")
+NO_SCORES = (
+    "only natural steps have scores to compare agents by. Take algorithm=hatrpow or hatrpog, or one of random, fixed, "
+    "semi_greedy."
+)
 
 
 class Sequential(TrustRegion):
@@ -55,8 +60,6 @@ class Sequential(TrustRegion):
 
     def __init__(self, order: str | list[int] | None, advantage: str, teams: list[list[str]] | None, **kwargs):
         super().__init__(**kwargs)
-        check_choice("factor", self.factor, F.FACTORS)
-        check_choice("advantage", advantage, ADVANTAGES)
         if advantage == "team" and self.estimator.sees_own_action:
             refuse(
                 "advantage",
@@ -83,22 +86,12 @@ class Sequential(TrustRegion):
 
     def _check_order(self, group: str) -> None:
         """A given order must fit the group's team. (In an ensemble, other groups are other algorithms' concern.)"""
-        team, order = self.teams.of(group), self.order
+        team = self.teams.of(group)
         size = self.teams.size(team)
-        if order is None or (isinstance(order, str) and order in self.orders):
-            return
-        if order in ("score", "greedy"):
-            refuse(
-                "order",
-                order,
-                "only natural steps have scores to compare agents by. Take algorithm=hatrpow or hatrpog, or one of "
-                f"{', '.join(self.orders)}.",
-            )
-        whole = isinstance(order, list | tuple) and all(type(i) is int for i in order)
-        if not whole or sorted(order) != list(range(size)):
+        if isinstance(self.order, list) and len(self.order) != size:
             raise ValueError(
-                f"algorithm.order={order} must be null, one of {', '.join(self.orders)}, or a permutation of "
-                f"0 ... {size - 1}, the agents of the team {'+'.join(team)}."
+                f"algorithm.order={self.order} must be a permutation of 0 ... {size - 1}, the agents of the team "
+                f"{'+'.join(team)}, or null or one of {', '.join(self.orders)}."
             )
 
     def _get_parameters(self, group: str, loss: LossModule) -> dict[str, list]:
@@ -247,6 +240,6 @@ class Sequential(TrustRegion):
 class SequentialConfig(TrustRegionConfig):
     """What the configurations of all sequential algorithms have; :class:`Sequential` says what the keys mean."""
 
-    order: Any = MISSING
-    advantage: str = MISSING
-    teams: list[list[str]] | None = MISSING
+    order: Any = setting(Order(elsewhere=dict.fromkeys(("score", "greedy"), NO_SCORES)))  # noqa: RUF009
+    advantage: str = setting(Choice(among=ADVANTAGES, usual="per_agent"))
+    teams: list[list[str]] | None = setting(TeamLists())  # noqa: RUF009

@@ -1,13 +1,15 @@
 """The sequential algorithms whose agents take epochs of minibatch gradient steps."""
 
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 
 import torch
+from benchmarl.experiment import ExperimentConfig
 from torch import Tensor
 from torchrl.objectives import LossModule
 
 from benchmarl_trust import functional as F
-from benchmarl_trust.algorithms.checks import check_number, refuse
+from benchmarl_trust.algorithms.checks import refuse
+from benchmarl_trust.algorithms.keys import Flag, Number, Radius, setting
 from benchmarl_trust.algorithms.sequential import Sequential, SequentialConfig
 from benchmarl_trust.policy import Agent, forward, log_ratio_of
 from benchmarl_trust.updates import Advantage, GradientStep, MinibatchEpochs, PositionInfo, fused, shuffles, sweep
@@ -44,24 +46,9 @@ class SequentialGradient(Sequential):
                 f"algorithm.surrogate={self.surrogate} has no clip for the factor to be inside of. Take "
                 "algorithm.surrogate=clip, or factor=full or capped.",
             )
-        if not isinstance(epsilon_by_position, bool):
-            refuse("epsilon_by_position", epsilon_by_position, "it must be True or False. The usual value is False.")
-        self._check_steps(actor_epochs, actor_minibatch_size)
         self.epsilon_by_position = epsilon_by_position
         self.actor_epochs = actor_epochs or self.experiment_config.n_optimizer_steps(self.on_policy)
         self.minibatch_frames = actor_minibatch_size or self.experiment_config.train_minibatch_size(self.on_policy)
-
-    def _check_steps(self, epochs: int | None, minibatch: int | None) -> None:
-        frames = self.experiment_config.collected_frames_per_batch(self.on_policy)
-        if epochs is not None:
-            check_number("actor_epochs", epochs, usual="null, the experiment's", least=1, whole=True)
-        if minibatch is not None and (type(minibatch) is not int or not 1 <= minibatch <= frames):
-            refuse(
-                "actor_minibatch_size",
-                minibatch,
-                f"it must be a whole number between 1 and the {frames} frames of a batch "
-                "(experiment.on_policy_collected_frames_per_batch), or null for the experiment's.",
-            )
 
     def _get_parameters(self, group: str, loss: LossModule) -> dict[str, list]:
         """One optimizer per agent (one Adam for all would move the others by stale momentum), and the critic's."""
@@ -140,8 +127,20 @@ class SequentialGradient(Sequential):
 class SequentialGradientConfig(SequentialConfig):
     """What the configurations of these algorithms have; :class:`SequentialGradient` says what the keys mean."""
 
-    epsilon: float = MISSING
-    epsilon_negative: float | None = MISSING
-    epsilon_by_position: bool = MISSING
-    actor_epochs: int | None = MISSING
-    actor_minibatch_size: int | None = MISSING
+    epsilon: float = setting(Radius(usual=0.2))
+    epsilon_negative: float | None = setting(Radius(null=True, usual=None))
+    epsilon_by_position: bool = setting(Flag(usual=False))
+    actor_epochs: int | None = setting(Number(least=1, whole=True, null=True, usual=None))
+    actor_minibatch_size: int | None = setting(Number(most=None, whole=True, null=True, usual=None))
+
+    def check_keys(self, experiment: ExperimentConfig) -> None:
+        """Also the size of a minibatch, which has as many frames as a batch at most."""
+        super().check_keys(experiment)
+        frames = experiment.collected_frames_per_batch(self.on_policy())
+        if self.actor_minibatch_size is not None and not 1 <= self.actor_minibatch_size <= frames:
+            refuse(
+                "actor_minibatch_size",
+                self.actor_minibatch_size,
+                f"it must be a whole number between 1 and the {frames} frames of a batch "
+                "(experiment.on_policy_collected_frames_per_batch), or null for the experiment's.",
+            )

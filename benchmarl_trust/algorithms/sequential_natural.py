@@ -1,12 +1,14 @@
 """The sequential algorithms whose agents take one natural-gradient step each, under a bound on the KL divergence."""
 
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 
 from tensordict.nn import TensorDictModule
 from torchrl.objectives import LossModule
 
-from benchmarl_trust.algorithms.checks import check_choice, check_number, refuse
+from benchmarl_trust import functional as F
+from benchmarl_trust.algorithms.checks import refuse
 from benchmarl_trust.algorithms.common import GAINS
+from benchmarl_trust.algorithms.keys import Choice, Number, Only, setting
 from benchmarl_trust.algorithms.sequential import Sequential, SequentialConfig
 from benchmarl_trust.policy import Agent
 from benchmarl_trust.updates import (
@@ -23,6 +25,14 @@ from benchmarl_trust.updates import (
 
 ALLOCATIONS = ("uniform", "kkt", "greedy")
 BOUNDS = ("share", "cap")
+HAS_KL_BOUND = (
+    "a natural step bounds the KL, so its gain is linear, r A; a trust region on the ratio beside it has no meaning. "
+    "Leave it at linear, or take algorithm=happo, whose steps are gradient steps."
+)
+HAS_NO_CLIP = "a natural step has no clip for it to be inside of. Take full or capped."
+HAS_NO_ENTROPY_BONUS = (
+    "natural-gradient steps have no entropy bonus; their KL bound keeps the policy from collapsing. Leave it at 0."
+)
 
 
 class SequentialNatural(Sequential):
@@ -66,7 +76,6 @@ class SequentialNatural(Sequential):
         ValueError: on a bad setting, before anything is collected.
     """
 
-    surrogates = ("linear",)
     orders = ("random", "fixed", "semi_greedy", "score", "greedy")
     shared_policy_note = (
         "One agent's data after another's will step on the one network, and each step bounds what it adds to the KL of "
@@ -91,28 +100,6 @@ class SequentialNatural(Sequential):
         kappa: float,
         **kwargs,
     ):
-        check_number("kl_threshold", kl_threshold, above=0.0, usual=0.01)
-        check_number("cg_iters", cg_iters, above=0, usual=10, whole=True)
-        check_number("cg_damping", cg_damping, above=0.0, usual=0.1)
-        check_number("ls_step", ls_step, above=0, usual=10, whole=True)
-        check_number("accept_ratio", accept_ratio, above=0.0, below=1.0, usual=0.5)
-        check_number("backtrack_coeff", backtrack_coeff, above=0.0, below=1.0, usual=0.8)
-        for key, value in (("kl_total", kl_total), ("kl_max", kl_max)):
-            if value is not None:
-                check_number(key, value, above=0.0, usual="null")
-        if kl_min is not None:
-            check_number("kl_min", kl_min, least=0.0, usual="null")
-        check_number("kappa", kappa, above=0.0, usual=2)
-        check_choice("allocation", allocation, ALLOCATIONS)
-        check_choice("s_estimator", s_estimator, SCORES)
-        check_choice("bound", bound, BOUNDS)
-        if surrogate in GAINS:
-            refuse(
-                "surrogate",
-                surrogate,
-                "a natural step bounds the KL, so its gain is linear, r A; a trust region on the ratio beside it has "
-                "no meaning. Leave it at linear, or take algorithm=happo, whose steps are gradient steps.",
-            )
         super().__init__(surrogate=surrogate, epsilon=1.0, epsilon_negative=None, **kwargs)  # linear has no ε
         self.kl_threshold, self.kl_total, self.kl_min, self.kl_max = kl_threshold, kl_total, kl_min, kl_max
         self.allocation, self.s_estimator, self.bound, self.kappa = allocation, s_estimator, bound, kappa
@@ -122,15 +109,6 @@ class SequentialNatural(Sequential):
 
     def _check_meaning(self) -> None:
         """Refuse what has no meaning together."""
-        if self.entropy_coef:
-            refuse(
-                "entropy_coef",
-                self.entropy_coef,
-                "natural-gradient steps have no entropy bonus; their KL bound keeps the policy from collapsing. Leave "
-                "it at 0.",
-            )
-        if self.factor == "inside_clip":
-            refuse("factor", self.factor, "a natural step has no clip for it to be inside of. Take full or capped.")
         if self.estimator.off_policy:
             refuse(
                 "n_rollouts",
@@ -207,16 +185,22 @@ class SequentialNatural(Sequential):
 class SequentialNaturalConfig(SequentialConfig):
     """What the configurations of these algorithms have; :class:`SequentialNatural` says what the keys mean."""
 
-    kl_threshold: float = MISSING
-    cg_iters: int = MISSING
-    cg_damping: float = MISSING
-    ls_step: int = MISSING
-    accept_ratio: float = MISSING
-    backtrack_coeff: float = MISSING
-    allocation: str = MISSING
-    kl_total: float | None = MISSING
-    kl_min: float | None = MISSING
-    kl_max: float | None = MISSING
-    s_estimator: str = MISSING
-    bound: str = MISSING
-    kappa: float = MISSING
+    surrogate: str = setting(Choice(among=("linear",), elsewhere=dict.fromkeys(GAINS, HAS_KL_BOUND), usual="linear"))
+    factor: str | None = setting(Choice(among=F.FACTORS, elsewhere={"inside_clip": HAS_NO_CLIP}, usual="full"))
+    entropy_coef: float = setting(Only(usual=0.0, why=HAS_NO_ENTROPY_BONUS))
+
+    kl_threshold: float = setting(Number(above=0, usual=0.01))
+    # Each is a product with the Fisher matrix over the whole batch. A solve that has converged or stagnated changes
+    # nothing more, but a GPU, which is not waited for, computes all of them.
+    cg_iters: int = setting(Number(above=0, most=1000, whole=True, usual=10))
+    cg_damping: float = setting(Number(above=0, usual=0.1))
+    ls_step: int = setting(Number(above=0, most=1000, whole=True, usual=10))
+    accept_ratio: float = setting(Number(above=0, below=1, usual=0.5))
+    backtrack_coeff: float = setting(Number(above=0, below=1, usual=0.8))
+    allocation: str = setting(Choice(among=ALLOCATIONS, usual="uniform"))
+    kl_total: float | None = setting(Number(above=0, null=True, usual=None))
+    kl_min: float | None = setting(Number(least=0, null=True, usual=None))
+    kl_max: float | None = setting(Number(above=0, null=True, usual=None))
+    s_estimator: str = setting(Choice(among=SCORES, usual="plugin"))
+    bound: str = setting(Choice(among=BOUNDS, usual="share"))
+    kappa: float = setting(Number(above=0, usual=2.0))

@@ -1,7 +1,7 @@
 """The algorithms whose agents all move at once, in BenchMARL's own loop."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from torchrl.objectives import LossModule
 
 from benchmarl_trust import functional as F
-from benchmarl_trust.algorithms.checks import refuse
 from benchmarl_trust.algorithms.common import TrustRegion, TrustRegionConfig
+from benchmarl_trust.algorithms.keys import Only, Radius, setting
 from benchmarl_trust.algorithms.metrics import each_and_mean, mean_of_each, to_host
 from benchmarl_trust.policy import Head, head_of
 from benchmarl_trust.runtime import own_callback
@@ -29,13 +29,6 @@ class Simultaneous(TrustRegion):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        if self.factor is not None:
-            refuse(
-                "factor",
-                self.factor,
-                "all agents move at once, so none is weighed by what others did before it. Leave it at null, or take "
-                "a sequential algorithm such as algorithm=happo.",
-            )
         self.policy_metrics = own_callback(self.experiment, PolicyMetrics)
         self._policies: dict[str, ProbabilisticTensorDictSequential] = {}
 
@@ -139,5 +132,12 @@ def _outputs(
 class SimultaneousConfig(TrustRegionConfig):
     """What the configurations of these algorithms have; :class:`Simultaneous` says what the keys mean."""
 
-    epsilon: float = MISSING
-    epsilon_negative: float | None = MISSING
+    factor: str | None = setting(
+        Only(
+            usual=None,
+            why="all agents move at once, so none is weighed by what others did before it. Leave it at null, or take a "
+            "sequential algorithm such as algorithm=happo.",
+        )
+    )
+    epsilon: float = setting(Radius(usual=0.2))
+    epsilon_negative: float | None = setting(Radius(null=True, usual=None))

@@ -5,19 +5,21 @@ from collections.abc import Iterable
 from torch import Tensor
 
 
-def check_choice(key: str, value: object, choices: Iterable[str]) -> None:
-    """Refuse an unknown choice.
+def check_choice(key: str, value: object, choices: Iterable[str], usual: object = None, null: bool = False) -> None:
+    """Refuse an unknown choice; None is one if ``null``.
 
     Raises:
-        ValueError: naming the key and the choices.
+        ValueError: naming the key, the choices and, if it is given, the usual one.
 
     Examples:
         >>> check_choice("advantage", "joint", ("per_agent", "team"))
         Traceback (most recent call last):
         ValueError: advantage=joint is unknown: choose one of per_agent, team.
     """
-    if value not in tuple(choices):
-        raise ValueError(f"{key}={value} is unknown: choose one of {', '.join(choices)}.")
+    if not ((isinstance(value, str) and value in tuple(choices)) or (null and value is None)):
+        names = ", ".join(choices) + (" or null" if null else "")
+        known = "" if usual is None else f" The usual value is {usual}."
+        raise ValueError(f"{key}={value} is unknown: choose one of {names}.{known}")
 
 
 def check_number(
@@ -29,8 +31,9 @@ def check_number(
     below: float | None = None,
     most: float | None = None,
     whole: bool = False,
+    null: bool = False,
 ) -> None:
-    """Refuse what is no number in the given interval.
+    """Refuse what is no number in the given interval; None is one if ``null``.
 
     Raises:
         ValueError: naming the key, the interval and the usual value.
@@ -41,6 +44,8 @@ def check_number(
         Traceback (most recent call last):
         ValueError: kl_threshold=nan must be a number above 0. The usual value is 0.01.
     """
+    if null and value is None:
+        return
     kind = int if whole else int | float
     good = isinstance(value, kind) and not isinstance(value, bool) and abs(value) < float("inf")
     good = good and (above is None or value > above) and (below is None or value < below)
@@ -49,7 +54,9 @@ def check_number(
         parts = ((above, "above"), (least, "at least"), (below, "below"), (most, "at most"))
         wanted = " and ".join(f"{word} {bound:g}" for bound, word in parts if bound is not None)
         name = " ".join(["whole number" if whole else "finite number" if not wanted else "number", wanted]).strip()
-        raise ValueError(f"{key}={value} must be a {name}. The usual value is {usual}.")
+        shown = repr(value) if isinstance(value, str) else value  # '3' is no 3
+        or_null = ", or null" if null else ""
+        raise ValueError(f"{key}={shown} must be a {name}{or_null}. The usual value is {usual}.")
 
 
 def check_same_shape(**tensors: Tensor) -> None:

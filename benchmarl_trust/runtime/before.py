@@ -1,10 +1,12 @@
 """What is wrong is said before BenchMARL has written or collected anything."""
 
 import functools
+import importlib.util
 import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from benchmarl.algorithms import EnsembleAlgorithmConfig
 from benchmarl.algorithms.common import AlgorithmConfig
 from benchmarl.environments import Task, TaskClass
@@ -12,6 +14,15 @@ from benchmarl.experiment import Callback, Experiment, ExperimentConfig
 from benchmarl.models.common import ModelConfig
 
 from benchmarl_trust.runtime.restore import check_restore
+
+#: BenchMARL's loggers: the package that each needs, and where it comes from.
+LOGGERS = {
+    "csv": (None, None),
+    "wandb": ("wandb", "benchmarl_trust[wandb]"),
+    "tensorboard": ("tensorboard", "benchmarl_trust[tensorboard]"),
+    "mlflow": ("mlflow", "mlflow"),
+    "trackio": ("trackio", "trackio"),
+}
 
 
 class Plan(NamedTuple):
@@ -44,10 +55,61 @@ def check_plan(plan: Plan) -> None:
     Raises:
         ValueError: naming the key and the cure.
     """
+    check_devices(plan)
+    check_loggers(plan.config.loggers)
     for config in plan.ours:
-        config.check_keys()
+        config.check_keys(plan.config)
     if plan.config.restore_file is not None:
         check_restore(plan)
+
+
+def check_devices(plan: Plan) -> None:
+    """Refuse devices that are not there. (Other on-policy algorithms do not ask for the buffer's.)
+
+    Raises:
+        ValueError: naming the key and the cure.
+    """
+    keys = ("sampling_device", "train_device", *(("buffer_device",) if plan.ours else ()))
+    for key in keys:
+        value = getattr(plan.config, key)
+        if value is None or (key == "buffer_device" and value == "disk"):
+            continue
+        try:
+            device = torch.device(value)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"experiment.{key}={value} is no device. Take cpu or cuda.") from error
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            cure = " ".join(f"experiment.{name}=cpu" for name in ("sampling_device", "train_device", "buffer_device"))
+            raise ValueError(
+                f"experiment.{key}={value}: PyTorch finds {torch.cuda.device_count()} CUDA devices here. Run with "
+                f"{cure}, or on a machine with such a GPU and a PyTorch for it."
+            )
+
+
+def check_loggers(loggers: list[str]) -> None:
+    """Refuse loggers that are unknown, or whose package is not installed.
+
+    Raises:
+        ValueError: naming the key and the cure.
+
+    Examples:
+        >>> check_loggers(["csv", "paper"])
+        Traceback (most recent call last):
+        ValueError: experiment.loggers=['csv', 'paper']: paper is unknown. Choose of csv, wandb, tensorboard, mlflow...
+    """
+    if loggers is None or isinstance(loggers, str):
+        raise ValueError(f"experiment.loggers={loggers} must be a list, such as [csv]; for none: [].")
+    for logger in loggers:
+        if not logger:
+            continue  # TorchRL takes it for none
+        if logger not in LOGGERS:
+            raise ValueError(f"experiment.loggers={loggers}: {logger} is unknown. Choose of {', '.join(LOGGERS)}.")
+        package, source = LOGGERS[logger]
+        if package is not None and importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"experiment.loggers={loggers}: {logger} needs a package that is not installed. Run with "
+                f'experiment.loggers=[csv], or pip install "{source}".'
+            )
 
 
 def look_before_setup() -> None:

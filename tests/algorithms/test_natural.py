@@ -154,7 +154,7 @@ def test_the_settings_reach_the_solver(make_experiment):
         (HatrpoWConfig, {"order": "score", "allocation": "uniform"}, "allocation=kkt"),
         (HatrpoWConfig, {"order": "largest"}, "random, fixed, semi_greedy, score, greedy"),
         (HatrpoGConfig, {"order": "score"}, "allocation=kkt"),
-        (HatrpoGConfig, {"order": True}, "a permutation of 0 ... 2"),
+        (HatrpoGConfig, {"order": True}, "a permutation of 0 ... n-1"),
         (HatrpoConfig, {"kl_min": 0.001}, "equal shares"),
         (HatrpoConfig, {"kl_max": 0.02}, "equal shares"),
         (HatrpoGConfig, {"bound": "kkt"}, "share, cap"),

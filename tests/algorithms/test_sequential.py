@@ -482,8 +482,8 @@ class TestSharing:
         ("order", [0.0, 1.0, 2.0], "a permutation of 0 ... 2"),
         ("order", [False, True, 2], "a permutation of 0 ... 2"),
         ("order", "score", "random, fixed, semi_greedy"),
-        ("order", True, "a permutation of 0 ... 2"),
-        ("order", 2, "a permutation of 0 ... 2"),
+        ("order", True, "a permutation of 0 ... n-1"),
+        ("order", 2, "a permutation of 0 ... n-1"),
     ],
 )
 def test_bad_values_are_refused_before_collection(key, value, cure, make_experiment):
