@@ -2,7 +2,10 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
+
+LARGEST_FLOAT = torch.finfo(torch.float64).max
 
 
 def check_choice(key: str, value: object, choices: Iterable[str], usual: object = None, null: bool = False) -> None:
@@ -47,7 +50,7 @@ def check_number(
     if null and value is None:
         return
     kind = int if whole else int | float
-    good = isinstance(value, kind) and not isinstance(value, bool) and abs(value) < float("inf")
+    good = isinstance(value, kind) and not isinstance(value, bool) and abs(value) <= LARGEST_FLOAT
     good = good and (above is None or value > above) and (below is None or value < below)
     good = good and (least is None or value >= least) and (most is None or value <= most)
     if not good:

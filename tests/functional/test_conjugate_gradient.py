@@ -247,6 +247,64 @@ def test_refreshing_in_float32_never_diverges(condition, refresh):
     assert (true.norm(dim=-1) < bound * b.norm(dim=-1)).all()
 
 
+MANY = 10**6
+
+
+@pytest.mark.parametrize("refresh", [1, 10, 30])
+def test_what_has_converged_stops_the_loop(refresh):
+    matrix, b = systems(3, 20)
+    product = Product(matrix)
+    solution = conjugate_gradient(product, b, MANY, refresh=refresh)
+    near(solution.x, torch.linalg.solve(matrix, b), 1e-4)
+    assert product.calls <= 100
+    assert torch.equal(solution.iterations, conjugate_gradient(Product(matrix), b, 200, refresh=refresh).iterations)
+
+
+@pytest.mark.parametrize("condition", [10.0, 1e3, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_has_stagnated_stops_the_loop(dtype, condition):
+    """No tolerance can be met, and nothing is lost by not trying a thousand times more."""
+    matrix, b = systems(4, 30, condition)
+    product = Product(matrix.to(dtype))
+    solution = conjugate_gradient(product, b.to(dtype), MANY, tolerance=0.0)
+    assert product.calls <= 3000
+    assert solution.finite.all()
+    assert (solution.residual.norm(dim=-1) < 20 * torch.finfo(dtype).eps * condition * b.norm(dim=-1)).all()
+
+
+def test_a_system_that_has_stagnated_stays_while_others_go_on():
+    matrix, b = systems(2, 30, 1e4)
+    matrix[0] = torch.eye(30)
+    b[1] = b[1] * 1e-3
+    exact = conjugate_gradient(Product(matrix), b, 300, tolerance=0.0)
+    assert exact.iterations[0] <= 2 < exact.iterations[1]
+    near(exact.x[0], b[0])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_stops_the_loop(bad):
+    matrix, b = systems(3, 8)
+    b[:] = bad
+    product = Product(matrix)
+    assert not conjugate_gradient(product, b, MANY).finite.any()
+    assert product.calls <= 20
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_never_waited_for_and_gives_the_same():
+    matrix, b = systems(4, 30, 1e4)
+    on_cpu = conjugate_gradient(Product(matrix), b, 500, tolerance=1e-12)
+    product, right = Product(matrix.cuda()), b.cuda()
+    conjugate_gradient(product, right, 20)  # what is loaded at first use
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        on_gpu = conjugate_gradient(product, right, 500, tolerance=1e-12)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(on_gpu.x.cpu(), on_cpu.x, rtol=1e-6, atol=1e-8)
+    assert (on_gpu.iterations.cpu() < 500).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_keeps_the_type(dtype):
     matrix, b = systems()
