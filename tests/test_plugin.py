@@ -114,6 +114,23 @@ def test_sequential_algorithm_with_lists_on_the_command_line(tmp_path):
     assert orders == {"0": 3, "1": 1, "2": 0, "3": 2}
 
 
+#: On the command line some are refused by the schema, which speaks of the same key.
+BAD = {
+    "algorithm.critic_coef": "0",
+    "algorithm.lmbda": "nan",
+    "algorithm.entropy_coef": "-0.1",
+    "algorithm.loss_critic_type": "l3",
+    "algorithm.order": "[0.0,1.0,2.0]",
+    "algorithm.teams": "[[]]",
+    "algorithm.actor_epochs": "1.5",
+    "algorithm.actor_minibatch_size": "100.0",
+    "algorithm.n_rollouts": "100000000",
+    "algorithm.eta": "null",
+    "algorithm.use_tanh_normal": "maybe",
+    "experiment.gamma": "1.5",
+}
+
+
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     """What BenchMARL's command line says to command lines that train nothing, from one process."""
@@ -124,6 +141,8 @@ def answers(tmp_path_factory):
         "unknown key": ["algorithm=mars", "algorithm.epsilom=0.1", *TINY],
         "mappo's key": ["algorithm=mars", "algorithm.clip_epsilon=0.1", *TINY],
         "bad value": ["algorithm=mars", "algorithm.epsilon=0.7", *TINY],
+        **{key: ["algorithm=happo", f"{key}={value}", *TINY] for key, value in BAD.items()},
+        "no such logger": ["algorithm=mars", *TINY, "experiment.loggers=[csv,paper]"],
     }
     script = f"""
         import contextlib, io, json, runpy, sys
@@ -150,12 +169,39 @@ def answers(tmp_path_factory):
         ("unknown key", "epsilom"),
         ("mappo's key", "clip_epsilon"),
         ("bad value", "algorithm.epsilon=0.7: the reciprocal surrogate needs 0 < algorithm.epsilon < 0.5"),
+        ("no such logger", "experiment.loggers=['csv', 'paper']: paper is unknown"),
+        *((key, key) for key in BAD),
     ],
 )
 def test_what_is_wrong_is_refused_by_name(command, message, answers):
     code, output = answers[command]
     assert code == 1
     assert message in output
+
+
+def test_what_the_rules_refuse_has_a_cure(answers):
+    for key in ("algorithm.critic_coef", "algorithm.lmbda", "algorithm.order", "algorithm.teams", "experiment.gamma"):
+        assert f"ValueError: {key}=" in answers[key][1]
+        assert "The usual value is" in answers[key][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_slurm"])
+def test_a_launcher_that_is_not_installed_names_its_extra(launcher, tmp_path):
+    script = """
+        import importlib.util, pkgutil, runpy, sys
+        find, walk = importlib.util.find_spec, pkgutil.walk_packages
+        importlib.util.find_spec = lambda name, *args: None if "_launcher" in name else find(name, *args)
+        pkgutil.walk_packages = lambda *args, **kwargs: (m for m in walk(*args, **kwargs) if "_launcher" not in m.name)
+        runpy.run_module("benchmarl.run", run_name="__main__", alter_sys=True)
+    """
+    (tmp_path / "hidden.py").write_text(textwrap.dedent(script))
+    command = ["hidden.py", "-m", f"hydra/launcher={launcher}", "hydra.launcher.n_jobs=2", "algorithm=mars", *TINY]
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1
+    assert f'hydra/launcher={launcher} is not installed: pip install "benchmarl_trust[sweep]"' in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["hidden.py"]
 
 
 def test_help_lists_our_algorithms(answers):
