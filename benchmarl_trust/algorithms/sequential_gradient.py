@@ -142,5 +142,6 @@ class SequentialGradientConfig(SequentialConfig):
                 "actor_minibatch_size",
                 self.actor_minibatch_size,
                 f"it must be a whole number between 1 and the {frames} frames of a batch "
-                "(experiment.on_policy_collected_frames_per_batch), or null for the experiment's.",
+                "(experiment.on_policy_collected_frames_per_batch), or null for the experiment's. The usual value is "
+                "null.",
             )

@@ -93,15 +93,13 @@ def check_loggers(loggers: list[str]) -> None:
         ValueError: naming the key and the cure.
 
     Examples:
-        >>> check_loggers(["csv", "paper"])
+        >>> check_loggers(["paper"])
         Traceback (most recent call last):
-        ValueError: experiment.loggers=['csv', 'paper']: paper is unknown. Choose of csv, wandb, tensorboard, mlflow...
+        ValueError: experiment.loggers=['paper']: paper is unknown. Choose of csv, wandb, tensorboard, mlflow, trackio.
     """
     if loggers is None or isinstance(loggers, str):
         raise ValueError(f"experiment.loggers={loggers} must be a list, such as [csv]; for none: [].")
     for logger in loggers:
-        if not logger:
-            continue  # TorchRL takes it for none
         if logger not in LOGGERS:
             raise ValueError(f"experiment.loggers={loggers}: {logger} is unknown. Choose of {', '.join(LOGGERS)}.")
         package, source = LOGGERS[logger]
@@ -117,7 +115,8 @@ def look_before_setup() -> None:
 
     BenchMARL has no place for a plugin before it makes the experiment's folder and, for a restored one, overwrites its
     ``config.pkl``: callbacks and algorithms come later. Therefore ``Experiment.__init__`` is wrapped. Experiments of
-    other algorithms are constructed as they are.
+    other algorithms are constructed as they are, save for what certainly fails: a device or a logger's package that is
+    not there.
     """
     if not hasattr(Experiment.__init__, "looks_before"):
         Experiment.__init__ = _looking_before(Experiment.__init__)
