@@ -44,7 +44,7 @@ def bad_numbers(rule):
         yield from [] if bound is None else [bound + beyond]
     for bound in (rule.above, rule.below):
         yield from [] if bound is None else [bound]
-    yield from [] if rule.most is None else [10**12, 1e30]
+    yield from [] if rule.most is None else [10**13, 1e30]
 
 
 def bad_names(rule):
@@ -148,7 +148,7 @@ GOOD = [
     (HatrpoConfig, "entropy_coef", 0),
     (HatrpoConfig, "kl_total", 1),
     (GpaeConfig, "n_rollouts", 8),
-    (GpaeConfig, "eta", 1),
+    *((GpaeConfig, "eta", eta) for eta in (1, 1e9)),
 ]
 
 

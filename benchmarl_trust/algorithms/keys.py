@@ -17,7 +17,7 @@ from tensordict.nn.utils import mappings
 from benchmarl_trust import functional as F
 
 #: What is larger is a slip of the keyboard, or infinity by another name.
-LARGEST = 1e6
+LARGEST = 1e12
 
 
 @dataclass(frozen=True, kw_only=True)

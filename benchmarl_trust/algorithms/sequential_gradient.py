@@ -130,7 +130,7 @@ class SequentialGradientConfig(SequentialConfig):
     epsilon: float = setting(Radius(usual=0.2))
     epsilon_negative: float | None = setting(Radius(null=True, usual=None))
     epsilon_by_position: bool = setting(Flag(usual=False))
-    actor_epochs: int | None = setting(Number(least=1, whole=True, null=True, usual=None))
+    actor_epochs: int | None = setting(Number(least=1, most=10_000, whole=True, null=True, usual=None))
     actor_minibatch_size: int | None = setting(Number(most=None, whole=True, null=True, usual=None))
 
     def check_keys(self, experiment: ExperimentConfig) -> None:
