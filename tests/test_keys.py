@@ -1,6 +1,7 @@
 """Every key of every configuration: what it may not be is refused by name, before anything is made or written."""
 
 import importlib.util
+import sys
 from dataclasses import fields, replace
 from decimal import Decimal
 
@@ -266,3 +267,21 @@ def test_the_preset_for_a_gpu_without_one(refused, monkeypatch):
     preset.pop("defaults")
     preset.pop("save_folder", None)
     assert "experiment.sampling_device=cpu" in refused(MarsConfig.get_from_yaml(), **preset)
+
+
+def test_a_folder_that_is_not_there(refused):
+    said = refused(MarsConfig.get_from_yaml(), save_folder="no/such/folder")
+    assert said.startswith("experiment.save_folder=no/such/folder")
+    assert "mkdir -p no/such/folder" in said
+
+
+@pytest.mark.parametrize(("logger", "needs"), [("csv", "torchvision"), ("tensorboard", "moviepy")])
+def test_pictures_that_no_logger_can_write(logger, needs, make_experiment, monkeypatch, without):
+    without("moviepy")
+    monkeypatch.setitem(sys.modules, "torchvision.io", None)
+    monkeypatch.setattr("benchmarl_trust.runtime.before.LOGGERS", dict.fromkeys(["csv", "tensorboard"], (None, None)))
+    settings = {"loggers": [logger], "render": True, "evaluation": True}
+    with pytest.raises(ValueError, match=rf"experiment\.render=True.* {needs}") as error:
+        make_experiment(MarsConfig.get_from_yaml(), **settings)
+    assert "experiment.render=False" in str(error.value)
+    make_experiment(MarsConfig.get_from_yaml(), **{**settings, "loggers": []})

@@ -29,7 +29,7 @@ from benchmarl_trust.algorithms.keys import (
 from benchmarl_trust.algorithms.metrics import to_host
 from benchmarl_trust.losses import SurrogateLoss
 from benchmarl_trust.paths import conf_folder
-from benchmarl_trust.runtime import FiniteGuard, LatestCheckpoint, ResumeState
+from benchmarl_trust.runtime import FiniteGuard, LatestCheckpoint, ResumeState, check_video
 
 #: The gains that bound the ratio by themselves.
 GAINS = tuple(name for name in F.SURROGATES if name != "linear")
@@ -78,6 +78,7 @@ class TrustRegion(Mappo):
         **kwargs,
     ):
         super().__init__(clip_epsilon=epsilon, **kwargs)
+        check_video(self.experiment)
         self.surrogate = surrogate
         #: The radius as the gains take it: where A < 0, where A ≥ 0.
         self.epsilon = (epsilon if epsilon_negative is None else epsilon_negative, epsilon)

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,7 @@ def check_plan(plan: Plan) -> None:
     """
     check_devices(plan)
     check_loggers(plan.config.loggers)
+    check_folder(plan.config.save_folder)
     for config in plan.ours:
         config.check_keys(plan.config)
     if plan.config.restore_file is not None:
@@ -108,6 +110,56 @@ def check_loggers(loggers: list[str]) -> None:
                 f"experiment.loggers={loggers}: {logger} needs a package that is not installed. Run with "
                 f'experiment.loggers=[csv], or pip install "{source}".'
             )
+
+
+def check_folder(folder: str | None) -> None:
+    """Refuse a folder for runs that is not there: BenchMARL makes that of the run alone.
+
+    Raises:
+        ValueError: naming the key and the cure.
+
+    Examples:
+        >>> check_folder("runs")
+        Traceback (most recent call last):
+        ValueError: experiment.save_folder=runs: there is no such folder. Make it first: mkdir -p runs
+    """
+    if folder is not None and not Path(folder).is_dir():
+        raise ValueError(f"experiment.save_folder={folder}: there is no such folder. Make it first: mkdir -p {folder}")
+
+
+def check_video(experiment: Experiment) -> None:
+    """Refuse to draw evaluations where a logger cannot write the pictures, which ends the run at the first of them.
+
+    Args:
+        experiment (Experiment): set up as far as its task, which knows whether it can be drawn.
+
+    Raises:
+        ValueError: naming the key and the cure.
+    """
+    config = experiment.config
+    if not (config.render and config.evaluation and experiment.task.has_render(experiment.test_env)):
+        return
+    cure = (
+        "Run with experiment.render=False (examples/show.py draws checkpoints), or log to tensorboard or wandb with "
+        'pip install "benchmarl_trust[video]".'
+    )
+    if "csv" in config.loggers and not _torchvision_writes_videos():
+        raise ValueError(
+            "experiment.render=True: the csv logger writes videos by torchvision.io.write_video, which this "
+            f"torchvision does not have. {cure}"
+        )
+    if {"tensorboard", "wandb"} & set(config.loggers) and importlib.util.find_spec("moviepy") is None:
+        raise ValueError(
+            f"experiment.render=True: {config.loggers} write videos by moviepy, which is not there. {cure}"
+        )
+
+
+def _torchvision_writes_videos() -> bool:
+    try:
+        from torchvision.io import write_video  # noqa: F401
+    except (ImportError, RuntimeError):  # the latter beside a torch of another build
+        return False
+    return True
 
 
 def look_before_setup() -> None:

@@ -53,7 +53,7 @@ def plain(value: object) -> str:
     Examples:
         >>> from benchmarl.models import MlpConfig
         >>> plain(MlpConfig(num_cells=[8], layer_class=int, activation_class=float))
-        'MlpConfig(num_cells=[8], layer_class=int, activation_class=float)'
+        'MlpConfig(num_cells=[8], layer_class=int, activation_class=float, num_feature_dims=1)'
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
