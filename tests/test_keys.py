@@ -28,6 +28,7 @@ from benchmarl_trust.algorithms.keys import (
 )
 from benchmarl_trust.functional import SURROGATES
 from benchmarl_trust.paths import conf_folder
+from benchmarl_trust.runtime.before import LOGGERS
 
 NAN, INF = float("nan"), float("inf")
 KEYS = [(name, field.name) for name in sorted(ALGORITHMS) for field in fields(ALGORITHMS[name])]
@@ -279,7 +280,7 @@ def test_a_folder_that_is_not_there(refused):
 def test_pictures_that_no_logger_can_write(logger, needs, make_experiment, monkeypatch, without):
     without("moviepy")
     monkeypatch.setitem(sys.modules, "torchvision.io", None)
-    monkeypatch.setattr("benchmarl_trust.runtime.before.LOGGERS", dict.fromkeys(["csv", "tensorboard"], (None, None)))
+    monkeypatch.setitem(LOGGERS, "tensorboard", (None, None))
     settings = {"loggers": [logger], "render": True, "evaluation": True}
     with pytest.raises(ValueError, match=rf"experiment\.render=True.* {needs}") as error:
         make_experiment(MarsConfig.get_from_yaml(), **settings)
