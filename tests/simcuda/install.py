@@ -8,11 +8,12 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_map
+
 from simcuda.operations import SimulatedCuda
 from simcuda.record import RECORDER
 from simcuda.rules import CUDA_GENERATORS, DeviceMismatchError
 from simcuda.tensor import CUDA, CudaTensor
-from torch.utils._pytree import tree_map
 
 #: The versions of torch whose internals are known to be as this package takes them.
 KNOWN = ("2.13",)

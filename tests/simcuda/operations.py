@@ -1,11 +1,12 @@
 """Runs every operation: checks devices, counts, and computes with the CPU tensors that simulated ones hold."""
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from simcuda.record import RECORDER
 from simcuda.rules import TRANSFERS, aten, check_devices, check_generators, launches, record_transfer
 from simcuda.tensor import CudaTensor, is_cuda
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class SimulatedCuda(TorchDispatchMode):

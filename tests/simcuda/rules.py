@@ -3,9 +3,10 @@
 import functools
 
 import torch
+from torch import Tensor
+
 from simcuda.record import RECORDER
 from simcuda.tensor import CudaTensor
-from torch import Tensor
 
 aten = torch.ops.aten
 

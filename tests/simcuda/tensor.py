@@ -3,8 +3,9 @@
 import copy
 
 import torch
-from simcuda.record import RECORDER
 from torch import Tensor
+
+from simcuda.record import RECORDER
 
 CUDA = torch.device("cuda:0")
 #: What C++ takes the device for. Autograd runs "lazy" in the calling thread; for "cuda" it asks for an accelerator.
