@@ -1,4 +1,6 @@
 import os
+import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -112,6 +114,25 @@ def run(make_experiment):
         return experiment
 
     return run
+
+
+@contextmanager
+def waits_are_errors():
+    """An operation at which the host waits for the GPU raises.
+
+    Torch warns that this is a prototype, once the mode is set: as an error the warning would leave it set for good.
+    """
+
+    def set_mode(mode):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode(mode)
+
+    set_mode("error")
+    try:
+        yield
+    finally:
+        set_mode("default")
 
 
 def policy_parameters(experiment) -> dict[str, torch.Tensor]:
