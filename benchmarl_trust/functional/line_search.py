@@ -50,7 +50,7 @@ def line_search(
 
     If no fraction does, or if the step does not ascend (gᵀΔ is not positive), the parameters are put back bit for bit,
     also when ``evaluate`` raises. A NaN or an infinity fails its trial. Each trial waits for its result on the host. On
-    a GPU that wait tells too whether the step ascends, so that one which does not costs an evaluation, but no wait more.
+    a GPU that wait tells too whether the step ascends: one which does not costs an evaluation, but no wait of its own.
 
     Source: TRPO's search with the constants of the HATRPO authors' code, save the slack, ours: their strict KL < δ
     rejects by rounding a step that lands on δ.

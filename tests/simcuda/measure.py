@@ -4,12 +4,12 @@ from collections.abc import Iterator
 
 from benchmarl.experiment import Experiment
 
-#: Optimizers and collectors have made what lasts before the third iteration.
-MEASURED = 2
+#: The second iteration: in the first, optimizers and others make what lasts.
+MEASURED = 1
 
 
 def measure(experiment: Experiment, recorder) -> None:
-    """Run the experiment; the recorder has what its third iteration did."""
+    """Run the experiment; the recorder has what its second iteration did."""
     collector = experiment.collector
     iterator = type(collector).iterator
 
