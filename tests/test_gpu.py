@@ -9,7 +9,7 @@ import pytest
 import torch
 from benchmarl.experiment import Callback, Experiment
 from benchmarl.models import CnnConfig, GruConfig
-from cases import CASES, FAMILIES
+from cases import CASES, FAMILIES, configured
 from conftest import policy_parameters, scalars, waits_are_errors
 from environments import StandInTask
 from problems import CNN, MODELS, RNN, gnn, make_agents, make_problem
@@ -42,7 +42,7 @@ ON_CPU = dict.fromkeys(ON_CUDA, "cpu")
 
 
 def allocation(kind, agents):
-    solver = NaturalGradient()
+    solver = NaturalGradient(cg_iters=3)
     if kind == "uniform":
         return UniformAllocation(agents, 0.03, solver, [2, 0, 1])
     if kind == "kkt":
@@ -102,7 +102,7 @@ def test_absent_agents(step):
 KINDS = {  # task, model, whether parameters are shared; StandInTask acts on the CPU
     "masked-absent": (lambda: StandInTask(mask=True, absent=True), None, False),
     "discrete-shared": (StandInTask, None, True),
-    "gru": (StandInTask, lambda: GruConfig(**RNN), False),
+    "gru": (lambda: StandInTask(n_agents=2), lambda: GruConfig(**RNN), False),
     "cnn": (lambda: StandInTask(rgb=True), lambda: CnnConfig(**CNN), False),
     # Of VMAS, on the GPU: BenchMARL's GNN cannot be sampled on one device and trained on another.
     "gnn": (lambda: None, gnn, False),
@@ -115,7 +115,8 @@ def test_kinds_of_tasks_and_models(case, kind, run):
     task, model, share = KINDS[kind]
     devices = ON_CUDA | {"sampling_device": "cuda" if kind == "gnn" else "cpu"}
     settings = {"share_policy_params": share, "max_n_iters": 1, "on_policy_n_minibatch_iters": 1}
-    experiment = run(case.config(), task(), model and model(), **settings, **devices)
+    config = case.config(**({"cg_iters": 2} if case.natural else {}))
+    experiment = run(config, task(), model and model(), **settings, **devices)
     assert all(p.is_cuda and p.isfinite().all() for p in policy_parameters(experiment).values())
     assert scalars(experiment)["train_agents_skipped_steps"] == [0]
 
@@ -123,10 +124,15 @@ def test_kinds_of_tasks_and_models(case, kind, run):
 # Resuming on another device
 
 
-@pytest.mark.parametrize("config", [MarsConfig, HappoConfig, HatrpoGConfig], ids=lambda config: config.__name__)
+@pytest.mark.parametrize(
+    "config",
+    [configured(MarsConfig), configured(HappoConfig), configured(HatrpoGConfig, cg_iters=2)],
+    ids=lambda config: type(config).__name__,
+)
 @pytest.mark.parametrize(("first", "then"), [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
 def test_a_run_goes_on_where_it_is_mapped_to(first, then, config, run):
-    before = run(config.get_from_yaml(), checkpoint_at_end=True, **dict.fromkeys(ON_CUDA, first))
+    settings = {"on_policy_n_minibatch_iters": 1, "checkpoint_at_end": True}
+    before = run(config, **settings, **dict.fromkeys(ON_CUDA, first))
     (file,) = (before.folder_name / "checkpoints").glob("checkpoint_*.pt")
     patch = {"max_n_iters": 3, "restore_map_location": then, **dict.fromkeys(ON_CUDA, then)}
     resumed = Experiment.reload_from_file(str(file), experiment_patch=patch)

@@ -87,7 +87,7 @@ def _torch_cuda() -> dict:
         return {name: lambda *args, **kwargs: value for name in names.split()}
 
     def all_call(names: str, function) -> dict:
-        return {name: lambda *args, **kwargs: function(*args) for name in names.split()}
+        return {name: lambda *args, **kwargs: function(*args, **kwargs) for name in names.split()}
 
     return {
         **all_give("_lazy_init set_device empty_cache"),
@@ -98,12 +98,12 @@ def _torch_cuda() -> dict:
         **all_call("current_stream default_stream", Stream),
         **all_call("manual_seed manual_seed_all", generator.manual_seed),
         "_lazy_call": lambda function, **kwargs: function(),
-        "synchronize": lambda *args: RECORDER.wait("torch.cuda.synchronize"),
+        "synchronize": lambda *args, **kwargs: RECORDER.wait("torch.cuda.synchronize"),
         "set_sync_debug_mode": _set_sync_debug_mode,
         "default_generators": (generator,),
         "Stream": Stream,
         "Event": Event,
-        "stream": lambda *args: contextlib.nullcontext(),
+        "stream": lambda *args, **kwargs: contextlib.nullcontext(),
     }
 
 

@@ -23,9 +23,9 @@ RUNS = {
     "gpae": lambda make: small(make, "gpae", "cpu"),
     "a2po": lambda make: small(make, "a2po", "cpu"),
     "happo": lambda make: small(make, "happo", "cpu", entropy_coef=0.01),
-    "mars": lambda make: small(make, "mars", "cpu"),
+    "mars": lambda make: small(make, "mars", "cpu", normalize_advantage="batch"),
     "gpae, sampled on the GPU": lambda make: small(make, "gpae", "cuda"),
-    "hatrpog": lambda make: small(make, "hatrpog", "cpu"),
+    "hatrpog": lambda make: small(make, "hatrpog", "cpu", normalize_advantage="batch", cg_iters=2),
     "differential": lambda make: DifferentialGame(**DIFFERENTIAL, num_envs=2, device="cuda").rollout(2),
     "climbing": lambda make: MatrixGame([[1, 0], [0, 2]], num_envs=2, device="cuda").rollout(2),
 }
