@@ -407,12 +407,13 @@ def counterfactual_critic(
     discrete = isinstance(action, Categorical | OneHot)
     width = (action.space.n if discrete else 2 * action.shape[-1]) + 1
     extra = [1] * (_feature_dims(model_config, group) - 1)
+    # The task's specs are on the sampling device, one made here is on the CPU: they are put together there.
     if state_spec is not None:
-        input_spec, key, shape = state_spec.clone(), TABLE, (*extra, n_agents * width)
+        input_spec, key, shape = state_spec.clone().to("cpu"), TABLE, (*extra, n_agents * width)
         input_spec[TABLE] = Unbounded(shape)
     else:
         input_spec, key, shape = (
-            Composite({group: observation_spec[group].clone()}),
+            Composite({group: observation_spec[group].clone().to("cpu")}),
             (group, TABLE),
             (n_agents, *extra, width),
         )

@@ -12,7 +12,7 @@ from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule
 from tensordict.nn.distributions import NormalParamExtractor
 from tensordict.utils import NestedKey
 from torch import Tensor
-from torch.distributions import Categorical
+from torch.distributions import Categorical, Transform
 from torchrl.modules import IndependentNormal, MaskedCategorical, TanhNormal
 
 from benchmarl_trust import functional as F
@@ -31,13 +31,18 @@ class NormalHead:
         self.squashed = module.distribution_class is TanhNormal
         low, high = (module.distribution_kwargs.get(key, bound) for key, bound in (("low", -1.0), ("high", 1.0)))
         self.log_half_width = torch.as_tensor((high - low) / 2).log()
+        self._inverse: dict[torch.device, list[Transform]] = {}
+        self._log_half_width: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def base_action(self, action: Tensor) -> Tensor:
         """The action before squashing, [*, N, D]; by TorchRL's own inverse, so with its treatment of the bounds."""
         if not self.squashed:
             return action
-        any_loc, any_scale = torch.zeros_like(action), torch.ones_like(action)
-        for transform in reversed(TanhNormal(any_loc, any_scale, **self.module.distribution_kwargs).transforms):
+        if action.device not in self._inverse:  # made once, since TorchRL looks at the bounds and so waits for a GPU
+            any_loc, any_scale = torch.zeros_like(action), torch.ones_like(action)
+            transforms = TanhNormal(any_loc, any_scale, **self.module.distribution_kwargs).transforms
+            self._inverse[action.device] = list(reversed(transforms))
+        for transform in self._inverse[action.device]:
             action = transform.inv(action)
         return action
 
@@ -54,8 +59,12 @@ class NormalHead:
         loc, scale = parameters
         if not self.squashed:
             return scale.log().sum(-1) + 0.5 * (1 + math.log(2 * math.pi)) * scale.shape[-1]
-        width = self.log_half_width[agent] if self.log_half_width.ndim > 1 else self.log_half_width
-        return F.squashed_normal_entropy(loc, scale, width.to(loc), torch.randn_like(loc))
+        place = loc.device, loc.dtype
+        if place not in self._log_half_width:  # the bounds are where actions are sampled: copied once
+            self._log_half_width[place] = self.log_half_width.to(loc)
+        width = self._log_half_width[place]
+        width = width[agent] if width.ndim > 1 else width
+        return F.squashed_normal_entropy(loc, scale, width, torch.randn_like(loc))
 
 
 class CategoricalHead:

@@ -138,7 +138,9 @@ class Proposal(NamedTuple):
 
     def select(self, agents: list[int] | slice) -> "Proposal":
         """Those of some of the agents."""
-        return Proposal(*(value[agents] for value in self))
+        if isinstance(agents, slice):
+            return Proposal(*(value[agents] for value in self))
+        return Proposal(*(torch.stack([value[i] for i in agents]) for value in self))  # a list as index is copied there
 
 
 @dataclass
