@@ -32,15 +32,6 @@ def to_host(metrics: Mapping[str, Tensor], prefix: str = "") -> dict[str, float]
     return {f"{prefix}{name}": value for name, value in zip(metrics, values, strict=True)}
 
 
-def mean_of_each(value: Tensor, mask: Tensor | None) -> Tensor:
-    """Each agent's mean over the samples [*, N] in which it takes part, [N]; 0 if there is none."""
-    value = value.flatten(0, -2)
-    if mask is None:
-        return value.mean(0)
-    mask = mask.flatten(0, -2)
-    return torch.where(mask, value, 0).sum(0) / mask.sum(0).clamp(min=1)
-
-
 def variance_of_each(value: Tensor) -> Tensor:
     """Each agent's variance over the samples [*, N], [N]."""
     return value.flatten(0, -2).var(0, correction=0)
@@ -51,7 +42,7 @@ def advantage_metrics(advantage: Tensor, mask: Tensor | None) -> dict[str, Tenso
     n_agents = advantage.shape[-1]
     flat = advantage.reshape(-1, n_agents).double()
     present = torch.ones_like(flat) if mask is None else mask.reshape(-1, n_agents).double()
-    mean = mean_of_each(flat, mask)
+    mean = F.mean_of_each(flat, mask)
     centred = (flat - mean) * present
     std = (centred.square().sum(0) / present.sum(0).clamp(min=1)).sqrt()
     metrics = each_and_mean("advantage_mean", mean) | each_and_mean("advantage_std", std)

@@ -11,9 +11,11 @@ from benchmarl_trust.functional.conjugate_gradient import Solution, conjugate_gr
 from benchmarl_trust.functional.distribution import (
     categorical_entropy,
     categorical_kl,
+    categorical_kl_product,
     categorical_log_prob,
     categorical_log_probs,
     normal_kl,
+    normal_kl_curvature,
     normal_log_prob,
     squashed_normal_entropy,
 )
@@ -34,6 +36,7 @@ from benchmarl_trust.functional.ratio import (
     factor_weight,
     log_ratio,
     masked_mean,
+    mean_of_each,
 )
 from benchmarl_trust.functional.surrogate import (
     SURROGATES,
@@ -63,6 +66,7 @@ __all__ = [
     "Weighting",
     "categorical_entropy",
     "categorical_kl",
+    "categorical_kl_product",
     "categorical_log_prob",
     "categorical_log_probs",
     "check_choice",
@@ -82,7 +86,9 @@ __all__ = [
     "log_gain",
     "log_ratio",
     "masked_mean",
+    "mean_of_each",
     "normal_kl",
+    "normal_kl_curvature",
     "normal_log_prob",
     "normalize_advantage",
     "per_agent_advantage",

@@ -81,7 +81,7 @@ def line_search(
         for k in range(trials if ascends else 0):
             fraction = backtrack_coeff**k
             for parameter, old, change in zip(parameters, before, step, strict=True):
-                parameter.copy_(old + fraction * change)
+                torch.add(old, fraction * change, out=parameter)
             gain, kl = evaluate()
             kept = (gain > 0) & (gain > accept_ratio * fraction * expected)
             accepted = bool(kept & _within(kl, kl_bound) & gain.isfinite() & kl.isfinite())

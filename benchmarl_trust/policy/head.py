@@ -5,6 +5,7 @@ Shapes: [*] stands for any dimensions, those of agents included, D for the dimen
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from tensordict import TensorDictBase
@@ -16,6 +17,9 @@ from torch.distributions import Categorical
 from torchrl.modules import IndependentNormal, MaskedCategorical, TanhNormal
 
 from benchmarl_trust import functional as F
+
+#: Of a vector for each of a distribution's parameters, None for one that does not move, its product with a Hessian.
+Product = Callable[[Sequence[Tensor | None]], list[Tensor | None]]
 
 
 class NormalHead:
@@ -49,6 +53,11 @@ class NormalHead:
         """KL(old ‖ new), [*]."""
         return F.normal_kl(*old, *new)
 
+    def kl_product(self, parameters: tuple[Tensor, ...], weight: Tensor) -> Product:
+        """The Hessian of Σ weight · KL(here ‖ ·) in the parameters, where they are; ``weight`` is [*]."""
+        curvatures = [weight.unsqueeze(-1) * curvature for curvature in F.normal_kl_curvature(parameters[1])]
+        return lambda vectors: [None if v is None else h * v for h, v in zip(curvatures, vectors, strict=True)]
+
     def entropy(self, parameters: tuple[Tensor, ...], agent: int) -> Tensor:
         """Entropy, [*]: a squashed normal has no closed form and gets a one-sample estimate, as in TorchRL."""
         loc, scale = parameters
@@ -75,6 +84,16 @@ class CategoricalHead:
     def kl(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> Tensor:
         """KL(old ‖ new), [*]."""
         return F.categorical_kl(F.categorical_log_probs(*old), F.categorical_log_probs(*new))
+
+    def kl_product(self, parameters: tuple[Tensor, ...], weight: Tensor) -> Product:
+        """The Hessian of Σ weight · KL(here ‖ ·) in the parameters, where they are; ``weight`` is [*]."""
+        probs, weight = F.categorical_log_probs(*parameters).exp(), weight.unsqueeze(-1)
+
+        def product(vectors: Sequence[Tensor | None]) -> list[Tensor | None]:
+            logits, *masks = vectors
+            return [weight * F.categorical_kl_product(probs, logits), *masks]
+
+        return product
 
     def entropy(self, parameters: tuple[Tensor, ...], agent: int) -> Tensor:
         """Entropy, [*]."""
