@@ -3,13 +3,14 @@
 from dataclasses import MISSING, dataclass
 
 import torch
+from tensordict import TensorDict
 from torch import Tensor
 from torchrl.objectives import LossModule
 
 from benchmarl_trust import functional as F
 from benchmarl_trust.algorithms.checks import check_number, refuse
 from benchmarl_trust.algorithms.sequential import Sequential, SequentialConfig
-from benchmarl_trust.policy import Agent, forward, log_ratio_of
+from benchmarl_trust.policy import Agent, Head, forward, log_ratio_of
 from benchmarl_trust.updates import Advantage, GradientStep, MinibatchEpochs, PositionInfo, fused, shuffles, sweep
 
 
@@ -125,15 +126,13 @@ class SequentialGradient(Sequential):
             return self.minibatch_frames
         return -(-self.minibatch_frames // agents[0].data.shape[1])
 
-    def _agent_metrics(
-        self, agent: Agent, outputs: tuple[Tensor, ...], turns: list[PositionInfo], rows: int
-    ) -> dict[str, Tensor]:
-        log_ratio, mask = log_ratio_of(agent.policy, outputs, agent.data), agent.data.get("mask", None)
+    def _agent_metrics(self, head: Head, data: TensorDict, outputs: tuple[Tensor, ...], rows: int) -> dict[str, Tensor]:
+        log_ratio, mask = log_ratio_of(head, outputs, data), data.get("mask", None)
         shares = {
-            "clip_fraction": F.share_outside("clip", log_ratio, self.epsilon, mask),
-            "outside_fraction": F.share_outside(self.surrogate, log_ratio, self.epsilon, mask),
+            name: F.mean_of_each(F.is_outside(surrogate, log_ratio, self.epsilon).to(log_ratio.dtype), mask)
+            for name, surrogate in (("clip_fraction", "clip"), ("outside_fraction", self.surrogate))
         }
-        return super()._agent_metrics(agent, outputs, turns, rows) | shares
+        return super()._agent_metrics(head, data, outputs, rows) | shares
 
 
 @dataclass

@@ -270,8 +270,24 @@ def share_outside(name: str, log_ratio: Tensor, epsilon: tuple[float, float], ma
         >>> share_outside("clip", torch.tensor([0.7, 1.0, 1.1, 1.3]).log(), (0.2, 0.2))
         tensor(0.5000)
     """
-    low, high = SURROGATES[name].log_bounds(*epsilon)
-    return masked_mean(((log_ratio < low) | (log_ratio > high)).to(log_ratio.dtype), mask)
+    return masked_mean(is_outside(name, log_ratio, epsilon).to(log_ratio.dtype), mask)
+
+
+def is_outside(name: str, log_ratio: Tensor, epsilon: tuple[float, float]) -> Tensor:
+    """Which ratios lie beyond the optima of a surrogate, boolean.
+
+    Args:
+        name (str): a key of :data:`SURROGATES`.
+        log_ratio (Tensor): x, any shape.
+        epsilon (pair of floats): ε where A < 0, where A ≥ 0.
+
+    Returns: the shape of ``log_ratio``.
+
+    Examples:
+        >>> is_outside("clip", torch.tensor([0.7, 1.0]).log(), (0.2, 0.2))
+        tensor([ True, False])
+    """
+    return log_ratio != log_ratio.clamp(*SURROGATES[name].log_bounds(*epsilon))
 
 
 def surrogate_objective(

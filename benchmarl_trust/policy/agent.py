@@ -126,15 +126,12 @@ class StackedPolicy:
     parameters: list[nn.Parameter]
 
     def columns(self, agents: Sequence["Agent"]) -> TensorDict:
-        """The data of all its agents, [*]: each entry [*, N], and under ``inputs`` what ``body`` reads."""
-        first, ndim = agents[0], agents[0].data.ndim
-        columns = TensorDict(batch_size=first.data.batch_size)
-        for key in first.data.exclude("inputs").keys():
-            columns[key] = torch.stack([agent.data[key] for agent in agents], ndim)
+        """:func:`columns_of` all its agents, and under ``inputs`` what ``body`` reads."""
+        columns, first = columns_of(agents), agents[0]
         columns["inputs"] = first.data["inputs"].empty()
         for key, value in first.data["inputs"].items(include_nested=True, leaves_only=True):
             if first.policy.width == 1 and first.policy.is_of_agents(key):
-                value = torch.cat([agent.data["inputs"][key] for agent in agents], ndim)
+                value = torch.cat([agent.data["inputs"][key] for agent in agents], first.data.ndim)
             columns[("inputs", *_path(key))] = value
         return columns
 
@@ -142,10 +139,6 @@ class StackedPolicy:
         """The distributions' parameters, each [*, N, ...]."""
         outputs = self.body(inputs)
         return tuple(outputs.get(key) for key in self.head.keys)
-
-    def log_prob(self, parameters: tuple[Tensor, ...], action: Tensor) -> Tensor:
-        """Log-prob of base actions (see the head), [*, N]."""
-        return self.head.log_prob(parameters, action)
 
     def gradient(self, values: tuple[Tensor, ...], weights: tuple | None = None, **kwargs) -> Tensor:
         """As :meth:`AgentPolicy.gradient`, [N, P]."""
@@ -165,6 +158,14 @@ class Agent(NamedTuple):
     policy: AgentPolicy
     optimizer: torch.optim.Optimizer | None
     data: TensorDict
+
+
+def columns_of(agents: Sequence[Agent]) -> TensorDict:
+    """The data of agents of one group, [*]: each entry but ``inputs`` as columns, [*, N]."""
+    first = agents[0].data
+    names = [name for name in first.keys() if name != "inputs"]
+    columns = {name: torch.stack([agent.data[name] for agent in agents], first.ndim) for name in names}
+    return TensorDict(columns, batch_size=first.batch_size)
 
 
 @torch.no_grad()
@@ -198,8 +199,10 @@ def forward(agent: Agent, data: TensorDict, chunk: int | None = None) -> tuple[T
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
-def log_ratio_of(policy: AgentPolicy | StackedPolicy, outputs: tuple[Tensor, ...], data: Mapping) -> Tensor:
-    """The log-ratio x = log π - log π_old of the executed actions, [*]; 0 where the agent is absent."""
+def log_ratio_of(policy: AgentPolicy | Head, outputs: tuple[Tensor, ...], data: Mapping) -> Tensor:
+    """The log-ratio x = log π - log π_old of the executed actions, [*]; 0 where the agent is absent. Or that of several
+    agents, [*, N], from their head and :func:`columns_of` them.
+    """
     log_prob = policy.log_prob(outputs, data["action"])
     return F.log_ratio(log_prob, data["old_log_prob"], data.get("mask", None))
 

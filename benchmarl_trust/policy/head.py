@@ -58,13 +58,20 @@ class NormalHead:
         curvatures = [weight.unsqueeze(-1) * curvature for curvature in F.normal_kl_curvature(parameters[1])]
         return lambda vectors: [None if v is None else h * v for h, v in zip(curvatures, vectors, strict=True)]
 
-    def entropy(self, parameters: tuple[Tensor, ...], agent: int) -> Tensor:
-        """Entropy, [*]: a squashed normal has no closed form and gets a one-sample estimate, as in TorchRL."""
+    def entropy(self, parameters: tuple[Tensor, ...], agent: int | None = None) -> Tensor:
+        """Entropy of one agent of the group, [*], or of all, [*, N]: a squashed normal has no closed form and gets a
+        one-sample estimate, as in TorchRL.
+        """
         loc, scale = parameters
         if not self.squashed:
             return scale.log().sum(-1) + 0.5 * (1 + math.log(2 * math.pi)) * scale.shape[-1]
-        width = self.log_half_width[agent] if self.log_half_width.ndim > 1 else self.log_half_width
-        return F.squashed_normal_entropy(loc, scale, width.to(loc), torch.randn_like(loc))
+        own = agent is not None and self.log_half_width.ndim > 1
+        width = self.log_half_width[agent] if own else self.log_half_width
+        if agent is None:  # agent by agent, so that one by one they would have the same
+            noise = torch.stack([torch.randn_like(x) for x in loc.unbind(-2)], -2)
+        else:
+            noise = torch.randn_like(loc)
+        return F.squashed_normal_entropy(loc, scale, width.to(loc), noise)
 
 
 class CategoricalHead:
@@ -95,7 +102,7 @@ class CategoricalHead:
 
         return product
 
-    def entropy(self, parameters: tuple[Tensor, ...], agent: int) -> Tensor:
+    def entropy(self, parameters: tuple[Tensor, ...], agent: int | None = None) -> Tensor:
         """Entropy, [*]."""
         return F.categorical_entropy(F.categorical_log_probs(*parameters))
 

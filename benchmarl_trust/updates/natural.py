@@ -157,7 +157,7 @@ class StackedModel(LocalModel):
         return values if len(self) == self._size else torch.stack([values[i] for i in self._in])
 
     def _objective(self, outputs: tuple[Tensor, ...], data: TensorDict, weight: Tensor) -> Tensor:
-        x = log_ratio_of(self.policy, outputs, data)
+        x = log_ratio_of(self.policy.head, outputs, data)
         gain = F.weighted_gain("linear", x, data["advantage"], weight.unsqueeze(-1), 1.0, None)
         return F.mean_of_each(gain, data.get("mask", None))
 
