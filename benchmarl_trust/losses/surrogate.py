@@ -245,17 +245,23 @@ class SurrogateLoss(PPOLoss):
 
     @torch.no_grad()
     def _ratio_statistics(self, log_ratio: Tensor, mask: Tensor | None, has_agents: bool) -> TensorDict:
-        mask = torch.ones_like(log_ratio, dtype=torch.bool) if mask is None else mask
         if not has_agents:  # then the last dimension is not theirs
-            log_ratio, mask = log_ratio.reshape(-1, 1), mask.reshape(-1, 1)
+            log_ratio, mask = log_ratio.reshape(-1, 1), None if mask is None else mask.reshape(-1, 1)
+        size = F.effective_sample_size(log_ratio, mask)
+        if mask is None:
+            smallest, largest, present = *log_ratio.aminmax(), None
+        else:
+            smallest = log_ratio.masked_fill(~mask, torch.inf).min()
+            largest = log_ratio.masked_fill(~mask, -torch.inf).max()
+            present = mask.reshape(-1, mask.shape[-1]).any(0)
         return TensorDict(
             {
                 "kl_approx": F.masked_mean(-log_ratio, mask),
                 "clip_fraction": F.share_outside("clip", log_ratio, self.epsilon, mask),
                 "outside_fraction": F.share_outside(self.surrogate, log_ratio, self.epsilon, mask),
-                "ratio_min": log_ratio.masked_fill(~mask, torch.inf).min().exp(),
-                "ratio_max": log_ratio.masked_fill(~mask, -torch.inf).max().exp(),
-                "ESS": F.masked_mean(F.effective_sample_size(log_ratio, mask), mask.reshape(-1, mask.shape[-1]).any(0)),
+                "ratio_min": smallest.exp(),
+                "ratio_max": largest.exp(),
+                "ESS": F.masked_mean(size, present),
             }
         )
 
