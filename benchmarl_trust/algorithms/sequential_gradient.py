@@ -11,7 +11,7 @@ from benchmarl_trust import functional as F
 from benchmarl_trust.algorithms.checks import check_number, refuse
 from benchmarl_trust.algorithms.sequential import Sequential, SequentialConfig
 from benchmarl_trust.policy import Agent, Head, forward, log_ratio_of
-from benchmarl_trust.updates import Advantage, GradientStep, MinibatchEpochs, PositionInfo, fused, shuffles, sweep
+from benchmarl_trust.updates import Advantage, GradientStep, MinibatchEpochs, PositionInfo, shuffles, sweep
 
 
 class SequentialGradient(Sequential):
@@ -77,7 +77,7 @@ class SequentialGradient(Sequential):
         return [f"loss_objective_{'shared' if policy.shared else f'agent_{a.index}'}" for a in policy.agents]
 
     def _optimizers(self, group: str) -> list[torch.optim.Optimizer]:
-        return [fused(self.experiment.optimizers[group][name]) for name in self._optimizer_names(group)]
+        return [self.experiment.optimizers[group][name] for name in self._optimizer_names(group)]
 
     def _sweep(self, team: list[str], agents: list[Agent], order: list[int]) -> list[PositionInfo]:
         chunk, rows = self._chunk(agents), self._rows(team, agents)

@@ -9,10 +9,10 @@ Shapes: [*] any batch dimensions, D the action dimensions, K the number of discr
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 
 def normal_log_prob(loc: Tensor, scale: Tensor, value: Tensor) -> Tensor:
@@ -43,11 +43,11 @@ class _NormalLogProb(torch.autograd.Function):
         return (-0.5 * standard.square() - scale.log()).sum(-1) - 0.5 * math.log(2 * math.pi) * loc.shape[-1]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         loc, scale, value = ctx.saved_tensors
         standard = (value - loc) / scale
         per_scale = gradient.unsqueeze(-1) / scale

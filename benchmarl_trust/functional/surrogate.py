@@ -12,11 +12,11 @@ broadcasts against ``advantage``.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from benchmarl_trust.functional.checks import check_same_shape
 from benchmarl_trust.functional.ratio import masked_mean
@@ -131,15 +131,12 @@ def quadratic_gain(log_ratio: Tensor, advantage: Tensor, epsilon: Epsilon) -> Te
     """
     strength = advantage.abs() / (2 * radius(epsilon, advantage))
 
-    def value(x: Tensor) -> Tensor:
+    def value_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
         ratio = x.exp()
-        return ratio * advantage - strength * (ratio - 1).square()
+        away = ratio - 1
+        return ratio * advantage - strength * away.square(), ratio * (advantage - 2 * strength * away)
 
-    def slope(x: Tensor) -> Tensor:
-        ratio = x.exp()
-        return ratio * (advantage - 2 * strength * (ratio - 1))
-
-    return _linear_beyond(value, slope, log_ratio, low=-math.inf)
+    return _linear_beyond(value_and_slope, log_ratio, low=-math.inf)
 
 
 def reciprocal_gain(log_ratio: Tensor, advantage: Tensor, epsilon: Epsilon) -> Tensor:
@@ -169,15 +166,14 @@ def reciprocal_gain(log_ratio: Tensor, advantage: Tensor, epsilon: Epsilon) -> T
         >>> (x.grad > 0).tolist()  # a collapsed ratio is pulled back up, although A < 0
         [True, False, False]
     """
-    strength = advantage.abs() / (2 * radius(epsilon, advantage))
+    twice_strength = advantage.abs() / radius(epsilon, advantage)
 
-    def value(x: Tensor) -> Tensor:  # 4 sinh²(x/2) = r + 1/r - 2 without its cancellation near r = 1
-        return x.exp() * advantage - strength * 4 * (x / 2).sinh().square()
+    def value_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
+        linear = x.exp() * advantage
+        penalty = 2 * (x / 2).sinh().square()  # half of 4 sinh²(x/2) = r + 1/r - 2, without its cancellation near r = 1
+        return linear - twice_strength * penalty, linear - twice_strength * x.sinh()
 
-    def slope(x: Tensor) -> Tensor:
-        return x.exp() * advantage - strength * 2 * x.sinh()
-
-    return _linear_beyond(value, slope, log_ratio, low=-LINEAR_BEYOND)
+    return _linear_beyond(value_and_slope, log_ratio, low=-LINEAR_BEYOND)
 
 
 def log_gain(log_ratio: Tensor, advantage: Tensor, epsilon: Epsilon) -> Tensor:
@@ -352,8 +348,7 @@ def check_surrogate(name: str, epsilon: float | tuple[float, float], key: str = 
 
 
 def _linear_beyond(
-    value: Callable[[Tensor], Tensor],
-    slope: Callable[[Tensor], Tensor],
+    value_and_slope: Callable[[Tensor], tuple[Tensor, Tensor]],
     log_ratio: Tensor,
     low: float,
 ) -> Tensor:
@@ -363,9 +358,9 @@ def _linear_beyond(
     """
     with torch.no_grad():
         inner = log_ratio.clamp(low, LINEAR_BEYOND)
-        at_inner = slope(inner)
-        continued = value(inner) + at_inner * (log_ratio - inner)
-    return _WithSlope.apply(log_ratio, continued, at_inner)
+        value, slope = value_and_slope(inner)
+        value = value + slope * (log_ratio - inner)
+    return _WithSlope.apply(log_ratio, value, slope)
 
 
 class _WithSlope(torch.autograd.Function):
@@ -378,12 +373,12 @@ class _WithSlope(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(inputs[2])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
         return gradient * ctx.saved_tensors[0], None, None
 
 

@@ -40,7 +40,8 @@ class SurrogateLoss(PPOLoss):
             A ≥ 0. For A2PO give the radius of the position as ``epsilon``, and here the one that all positions share.
         critic_on_absent (bool): regress the values of absent agents too, for an estimator that bootstraps from them.
         **kwargs: passed to :class:`torchrl.objectives.PPOLoss` (``entropy_coeff``, ``critic_coeff``,
-            ``loss_critic_type``, ``reduction``, ...).
+            ``loss_critic_type``, ``reduction``, ...). With ``entropy_coeff=0`` the entropy is only logged: it gets no
+            gradient, whatever is made of the coefficient later.
 
     Keys (``set_keys``): those of PPOLoss; ``mask`` [*, N], True where an agent takes part; ``factor`` [*, 1], the
     compound ratio M of the agents already updated in a sequential update; ``importance_weight`` [*, N], each agent's
@@ -116,6 +117,7 @@ class SurrogateLoss(PPOLoss):
                 "normalise the whole batch once with benchmarl_trust.functional.normalize_advantage."
             )
         super().__init__(actor_network, critic_network, **kwargs)
+        self._entropy_counts = kwargs.get("entropy_coeff") != 0  # or else it is only logged
         self.surrogate = surrogate
         self.epsilon = pair
         self.factor = factor
@@ -175,7 +177,8 @@ class SurrogateLoss(PPOLoss):
         has_agents = advantage.ndim > tensordict.ndim + 1
         out.update(self._ratio_statistics(log_ratio.detach().squeeze(-1), mask, has_agents))
         if self.entropy_bonus:
-            entropy = self._get_entropy(dist, adv_shape=advantage.shape[:-1])
+            with torch.set_grad_enabled(self._entropy_counts and torch.is_grad_enabled()):
+                entropy = self._get_entropy(dist, adv_shape=advantage.shape[:-1])
             out["entropy"] = F.masked_mean(entropy.detach().squeeze(-1), mask)
             out["loss_entropy"] = self._reduce(self._weighted_loss_entropy(entropy), mask)
         return out
