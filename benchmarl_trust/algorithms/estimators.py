@@ -27,7 +27,7 @@ from torchrl.objectives import ValueEstimators
 
 from benchmarl_trust import functional as F
 from benchmarl_trust.algorithms.checks import LEAST_BYTES, check_memory, refuse
-from benchmarl_trust.algorithms.metrics import advantage_metrics, each_and_mean, mean_of_each, variance_of_each
+from benchmarl_trust.algorithms.metrics import advantage_metrics, each_and_mean, variance_of_each
 from benchmarl_trust.losses import SurrogateLoss
 from benchmarl_trust.updates import Advantage
 from benchmarl_trust.value import GPAE, CounterfactualCritic
@@ -302,7 +302,7 @@ class GpaeEstimator(GaeEstimator):
         }
         metrics = {}
         for name, value in steps.items():
-            metrics |= each_and_mean(name, mean_of_each(value.double(), mask))
+            metrics |= each_and_mean(name, F.mean_of_each(value.double(), mask))
         return metrics
 
 

@@ -84,7 +84,7 @@ def line_search(
         for k in range(trials):
             fraction = backtrack_coeff**k
             for parameter, old, change in zip(parameters, before, step, strict=True):
-                parameter.copy_(old + fraction * change)
+                torch.add(old, fraction * change, out=parameter)
             gain, kl = evaluate()
             kept = (gain > 0) & (gain > accept_ratio * fraction * expected)
             kept = kept & _within(kl, kl_bound) & gain.isfinite() & kl.isfinite()
