@@ -6,6 +6,7 @@ import functools
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.utils._pytree import tree_map
@@ -96,6 +97,7 @@ def _torch_cuda() -> dict:
         **all_give("is_available is_initialized", True),
         **all_give("is_current_stream_capturing", False),
         **all_call("current_stream default_stream", Stream),
+        "get_device_properties": lambda *args: SimpleNamespace(total_memory=80 * 10**9),
         **all_call("manual_seed manual_seed_all", generator.manual_seed),
         "_lazy_call": lambda function, **kwargs: function(),
         "synchronize": lambda *args, **kwargs: RECORDER.wait("torch.cuda.synchronize"),

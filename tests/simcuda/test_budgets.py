@@ -22,16 +22,16 @@ TRIALS = N  # the first fraction of every agent's step is taken
 #: launches of the whole iteration but for collection.
 BUDGETS = {
     "mappo": (0, 2417),  # BenchMARL's own, for scale
-    "mars": (3, 3432),
-    "maspo": (3, 3392),
-    "gpae": (5, 3534),
-    "happo": (4, 5310),
-    "cliphappo": (4, 5310),
-    "a2po": (4, 5774),
-    "hatrpo": (4 + TRIALS, 8673),
-    "cliphatrpo": (4 + TRIALS, 8673),
-    "hatrpow": (4 + TRIALS, 11586),
-    "hatrpog": (3 + N + TRIALS, 10884),
+    "mars": (3, 2513),
+    "maspo": (3, 2505),
+    "gpae": (5, 2634),
+    "happo": (4, 3994),
+    "cliphappo": (4, 3994),
+    "a2po": (4, 4459),
+    "hatrpo": (4 + TRIALS, 4797),
+    "cliphatrpo": (4 + TRIALS, 4797),
+    "hatrpow": (4 + TRIALS, 4109),
+    "hatrpog": (3 + N + TRIALS, 3844),
 }
 
 
