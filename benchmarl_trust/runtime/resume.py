@@ -289,14 +289,25 @@ def _saved(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def _load(optimizer: torch.optim.Optimizer, saved: dict[str, Any], with_lr: bool) -> None:
-    """Restore the moments, and the learning rates if asked for. The other settings stay those of this experiment."""
+    """Restore the moments, and the learning rates if asked for. The other settings stay those of this experiment.
+
+    Adam's ``step`` is left by torch wherever the file was mapped to, unless it belongs with the parameters (``fused``,
+    ``capturable``). A new Adam has it on the CPU; on a GPU every optimizer step would wait for it twice per tensor.
+    """
     restored = ("fused", "lr") if with_lr else ("fused",)
     current = optimizer.state_dict()["param_groups"]
     groups = [
-        {**new, **{key: old.get(key) for key in restored}}
+        {**new, **{key: old[key] for key in restored if old.get(key) is not None}}
         for new, old in zip(current, saved["param_groups"], strict=True)
     ]
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    state = {
+        i: {
+            key: value.cpu() if key == "step" and isinstance(value, torch.Tensor) else value
+            for key, value in of.items()
+        }
+        for i, of in saved["state"].items()
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _random_state() -> dict[str, Any]:
