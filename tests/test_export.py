@@ -1,9 +1,11 @@
 """``python -m benchmarl_trust.export``: files that act as the experiment's policy where none of ours is installed."""
 
+import importlib
 import json
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -369,3 +371,27 @@ def test_models_that_cannot_be_exported_are_named(make_experiment, tmp_path):
     layers.activation_class = Loud
     refused(r"Mlp, Loud", mappo, model=layers, critic=mlp(4), share_policy_params=True)
     refused("isac is off-policy", IsacConfig.get_from_yaml(), off_policy_init_random_frames=0)
+
+
+@pytest.mark.parametrize("kind", ["mlp", pytest.param("gru", marks=slow)])
+def test_a_bare_loop_earns_what_the_experiments_policy_earns(kind, make_experiment, monkeypatch, tmp_path):
+    """In the same seeded environments, agent by agent."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    bare_loop = importlib.import_module("bare_loop")
+    task = VmasTask.BALANCE.get_from_yaml()
+    task.config.update(max_steps=20, n_agents=3)
+    settings = {"prefer_continuous_actions": kind == "mlp", "share_policy_params": kind == "gru"}
+    settings |= {"evaluation_episodes": 7}
+    experiment = make_experiment(MarsConfig.get_from_yaml(), task=task, model=MODELS[kind](), critic=mlp(4), **settings)
+    export_policies(experiment, tmp_path / "out")
+    experiment.test_env.set_seed(5)
+    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        rollout = experiment.test_env.rollout(20, experiment.policy, break_when_any_done=False)
+    done = rollout["next", "done"].cumsum(1)
+    before = done - rollout["next", "done"].int() == 0  # the first end counts
+    expected = (rollout["next", "agents", "reward"] * before.unsqueeze(-1)).sum(1).squeeze(-1).T
+
+    policies = bare_loop.load(tmp_path / "out")
+    returns = bare_loop.episode(policies, bare_loop.environment(policies, 7), seed=5)
+    torch.testing.assert_close(returns, expected, rtol=1e-4, atol=1e-4)
+    assert returns.std() > 0
