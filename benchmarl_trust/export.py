@@ -221,7 +221,7 @@ def _one_by_one(experiment: Experiment, group: str, policy: ProbabilisticTensorD
     if not view.fast:
         raise ValueError(
             f"The policy of {group} ({_layers(policy)}) does not run for one agent alone: with n_agents=1 "
-            "the model must have an agent's parameters and outputs, and no buffers."
+            "the model must have an agent's parameters and outputs, and no buffers or random numbers."
         )
     return view
 

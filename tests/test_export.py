@@ -106,7 +106,7 @@ def check(file, experiment, batches=(5, 1)):
     keys = [tuple(name.split("_", 1)) if name.startswith("observation_") else name for name in names(description)]
     kinds = [entry["kind"] for entry in description["inputs"]]
     trace, action = rollout(experiment, group), description["outputs"][0]
-    tolerance = 1e-6 * max(1, *map(abs, action.get("low", []) + action.get("high", [])))  # of the action's range
+    tolerance = 1e-6 * max([1, *map(abs, action.get("low", []) + action.get("high", []))])  # of the action's range
     for agent in agents:
         i = experiment.group_map[group].index(agent)
         for batch in batches:
