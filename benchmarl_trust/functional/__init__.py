@@ -50,6 +50,7 @@ from benchmarl_trust.functional.surrogate import (
     surrogate_objective,
     weighted_gain,
 )
+from benchmarl_trust.functional.value_norm import Moments, mean_and_std, update_moments
 
 __all__ = [
     "FACTORS",
@@ -57,6 +58,7 @@ __all__ = [
     "SURROGATES",
     "TRACES",
     "Epsilon",
+    "Moments",
     "Search",
     "Solution",
     "Surrogate",
@@ -82,6 +84,7 @@ __all__ = [
     "log_gain",
     "log_ratio",
     "masked_mean",
+    "mean_and_std",
     "normal_kl",
     "normal_log_prob",
     "normalize_advantage",
@@ -97,5 +100,6 @@ __all__ = [
     "temporal_difference",
     "trace_coefficient",
     "uniform_budget",
+    "update_moments",
     "weighted_gain",
 ]
