@@ -52,8 +52,8 @@ def update_moments(moments: Moments, value: Tensor, mask: Tensor | None = None, 
 
     Examples:
         >>> moments = update_moments(Moments(*torch.zeros(3)), torch.tensor([1.0, 3.0]))
-        >>> mean_and_std(moments)
-        (tensor(2., dtype=torch.float64), tensor(1., dtype=torch.float64))
+        >>> [round(x.item(), 4) for x in mean_and_std(moments)]
+        [2.0, 1.0]
     """
     value = value.double()
     mask = torch.ones_like(value, dtype=torch.bool) if mask is None else mask
