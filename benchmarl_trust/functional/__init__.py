@@ -50,10 +50,9 @@ from benchmarl_trust.functional.surrogate import (
     surrogate_objective,
     weighted_gain,
 )
-from benchmarl_trust.functional.value_norm import BETA, Moments, mean_and_std, update_moments
+from benchmarl_trust.functional.value_norm import Moments, mean_and_std, update_moments
 
 __all__ = [
-    "BETA",
     "FACTORS",
     "NORMALIZATIONS",
     "SURROGATES",

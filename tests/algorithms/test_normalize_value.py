@@ -11,7 +11,8 @@ from environments import CrewTask, StandInTask
 from problems import RNN
 
 from benchmarl_trust import HappoConfig, MarsConfig
-from benchmarl_trust.functional import BETA, Moments, mean_and_std
+from benchmarl_trust.functional import Moments, mean_and_std
+from benchmarl_trust.functional.value_norm import BETA
 from benchmarl_trust.value import NormalizedCritic
 
 RUNNING = {"normalize_value": "running"}
