@@ -13,6 +13,7 @@ from benchmarl_trust.algorithms.sequential_natural import SequentialNatural
 SIMULTANEOUS = ("kl_approx", "clip_fraction", "outside_fraction", "ratio_min", "ratio_max", "ESS", "entropy")
 SIMULTANEOUS += ("loss_objective", "policy_ratio_min", "policy_ratio_max", "policy_kl", "policy_kl_agent_0")
 GPAE = ("advantage_std_agent_0", "value_explained_variance")
+VALUES = ("value_norm_mean", "value_norm_std")
 SEQUENTIAL_KEYS = ("kl", "clip_fraction", "outside_fraction", "entropy", "loss", "grad_norm")
 SEQUENTIAL_KEYS += ("kl_agent_0", "entropy_agent_0", "loss_agent_0")
 SEQUENTIAL = tuple(f"policy_{key}" for key in SEQUENTIAL_KEYS)
@@ -59,6 +60,7 @@ class Case(NamedTuple):
     def logged(self) -> tuple[str, ...]:
         """What is logged for each group."""
         keys = NATURAL if self.natural else SEQUENTIAL if self.sequential else SIMULTANEOUS
+        keys += VALUES if self.config().normalize_value == "running" else ()
         return keys + (GPAE if self.config().estimator == "gpae" else ())
 
     @property
@@ -77,6 +79,7 @@ CASES = [
     Case("happo"),
     Case("cliphappo"),
     Case("a2po"),
+    Case("a2po", {"normalize_value": "running"}),
     Case("hatrpo"),
     Case("cliphatrpo"),
     Case("hatrpow"),

@@ -198,6 +198,7 @@ def test_every_algorithm_has_a_case():
         (MarsConfig, "surrogate", "square", "clip, quadratic, reciprocal, log"),
         (MarsConfig, "estimator", "td", "gae, gpae"),
         (MarsConfig, "normalize_advantage", "agents", "none, batch, per_agent"),
+        (MarsConfig, "normalize_value", "batch", "none, running"),
         (MaspoConfig, "epsilon", 1.0, "0 < algorithm.epsilon < 1.0"),
         (MaspoConfig, "epsilon_negative", 0.0, "0 < algorithm.epsilon_negative < 1.0"),
     ],

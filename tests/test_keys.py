@@ -144,6 +144,7 @@ GOOD = [
     *((HappoConfig, "scale_mapping", f"biased_softplus{rest}") for rest in ("", "_0.5", "_1.0_0.1")),
     *((HappoConfig, "loss_critic_type", name) for name in ("l1", "l2", "smooth_l1")),
     *((HappoConfig, key, value) for key in ("actor_epochs", "actor_minibatch_size") for value in (None, 1, 40)),
+    *((HappoConfig, "normalize_value", name) for name in ("none", "running")),
     *((HappoConfig, "lmbda", value) for value in (0, 1, 0.0, 1.0)),
     *((HappoConfig, "epsilon_negative", value) for value in (None, 0.1)),
     (HatrpoConfig, "cg_iters", 1000),

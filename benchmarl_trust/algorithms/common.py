@@ -1,5 +1,7 @@
 """What all algorithms share: BenchMARL's MAPPO with a surrogate gain in place of its clip and an estimator by name."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +10,7 @@ from benchmarl.algorithms.common import AlgorithmConfig
 from benchmarl.experiment import ExperimentConfig
 from benchmarl.utils import _read_yaml_config
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor
 from torchrl.data import TensorDictReplayBuffer
 from torchrl.envs import Transform
@@ -26,12 +28,15 @@ from benchmarl_trust.algorithms.keys import (
     check_host,
     setting,
 )
-from benchmarl_trust.algorithms.metrics import to_host
+from benchmarl_trust.algorithms.metrics import each_and_mean, to_host
 from benchmarl_trust.losses import SurrogateLoss
 from benchmarl_trust.paths import conf_folder
 from benchmarl_trust.runtime import FiniteGuard, LatestCheckpoint, ResumeState, check_video
 from benchmarl_trust.updates import fused
+from benchmarl_trust.value import NormalizedCritic
 
+#: What the critic regresses on: returns as they are, or in units of their running statistics.
+VALUE_NORMALIZATIONS = ("none", "running")
 #: The gains that bound the ratio by themselves.
 GAINS = tuple(name for name in F.SURROGATES if name != "linear")
 NO_TRUST_REGION = (
@@ -55,6 +60,8 @@ class TrustRegion(Mappo):
         truncation (str), eta (float), n_rollouts (int): the estimator's, see
             :class:`benchmarl_trust.algorithms.estimators.GpaeEstimator`.
         normalize_advantage (str): ``none``, ``batch`` or ``per_agent``, over the whole collected batch.
+        normalize_value (str): ``running``: the critic is a :class:`~benchmarl_trust.value.NormalizedCritic`, with
+            statistics of the group, or of each agent where each has a critic of its own. ``none``: it is MAPPO's.
         **kwargs: those of :class:`benchmarl.algorithms.Mappo`.
 
     Raises:
@@ -76,6 +83,7 @@ class TrustRegion(Mappo):
         eta: float,
         n_rollouts: int,
         normalize_advantage: str,
+        normalize_value: str,
         **kwargs,
     ):
         super().__init__(clip_epsilon=epsilon, **kwargs)
@@ -85,6 +93,7 @@ class TrustRegion(Mappo):
         self.epsilon = (epsilon if epsilon_negative is None else epsilon_negative, epsilon)
         self.factor = factor
         self.normalize_advantage = normalize_advantage
+        self.normalize_value = normalize_value
         self.guard = FiniteGuard.of(self.experiment)
         self.resume_state = ResumeState.of(self.experiment)
         LatestCheckpoint.of(self.experiment)
@@ -106,18 +115,28 @@ class TrustRegion(Mappo):
             **{key: (group, key) for key in ("reward", "action", "done", "terminated", "mask")},
             advantage=(group, "advantage"),
             value_target=(group, "value_target"),
-            value=(group, "state_value"),
+            value=(group, "state_value" if self.normalize_value == "none" else "normalized_value"),
             sample_log_prob=(group, "log_prob"),
         )
         self.estimator.attach(group, loss, policy_for_loss)
+        loss.value_estimator.set_keys(value=(group, "state_value"))  # advantages are in the rewards' units, always
         # An ensemble calls this method on an inner algorithm and keeps the loss to itself; process_batch of the
         # inner algorithm would then build a second, untrained critic. Keeping the loss here prevents that.
         self._losses_and_updaters[group] = (loss, None)
         return loss, False
 
-    def get_critic(self, group: str) -> TensorDictModule:
-        """The estimator's value network."""
-        return self.estimator.critic(group)
+    def _get_parameters(self, group: str, loss: LossModule) -> dict[str, list]:
+        """MAPPO's, without what is no parameter of the networks: running statistics."""
+        parameters = super()._get_parameters(group, loss)
+        return {name: [p for p in each if isinstance(p, torch.nn.Parameter)] for name, each in parameters.items()}
+
+    def get_critic(self, group: str) -> TensorDictModuleBase:
+        """The estimator's value network, normalised as configured."""
+        critic = self.estimator.critic(group)
+        if self.normalize_value == "none":
+            return critic
+        shape = () if self.share_param_critic else (len(self.group_map[group]), 1)
+        return NormalizedCritic(critic, (group, "state_value"), (group, "normalized_value"), shape, self.device)
 
     def get_replay_buffer(self, group: str, transforms: list[Transform] | None = None) -> TensorDictReplayBuffer:
         """The buffer of the batches that the estimator trains on."""
@@ -129,10 +148,39 @@ class TrustRegion(Mappo):
             fused(optimizer)
         batch = self.estimator.with_kept(group, without_absent(group, batch))
         batch = super().process_batch(group, batch)
-        metrics = to_host(self.estimator.metrics(group, batch), prefix=f"train/{group}/")
+        metrics = self.estimator.metrics(group, batch) | self._value_metrics(group)
+        metrics = to_host(metrics, prefix=f"train/{group}/")
         if metrics:
             self.experiment.logger.log(metrics, step=self.experiment.n_iters_performed)
         return batch
+
+    def _value_metrics(self, group: str) -> dict[str, Tensor]:
+        """The statistics that this iteration's values were made with."""
+        if self.normalize_value == "none":
+            return {}
+        with self._critic_of(group) as critic:
+            mean, std = critic.mean_and_std()
+        if self.share_param_critic:
+            return {"value_norm_mean": mean, "value_norm_std": std}
+        return each_and_mean("value_norm_mean", mean.flatten()) | each_and_mean("value_norm_std", std.flatten())
+
+    def normalize_targets(self, group: str, batch: TensorDictBase) -> None:
+        """What a subclass does last with a batch, when nothing in it changes the value targets any more: the statistics
+        see them, and they become what the critic's network regresses on.
+        """
+        if self.normalize_value == "none":
+            return
+        target = batch[group, "value_target"]
+        with self._critic_of(group) as critic:
+            critic.update(target, self.estimator.mask(group, batch))
+            batch.set((group, "value_target"), critic.normalize(target))
+
+    @contextmanager
+    def _critic_of(self, group: str) -> Iterator[TensorDictModuleBase]:
+        """The group's critic with its parameters and statistics, which the loss keeps apart from it."""
+        loss, _ = self.get_loss_and_updater(group)
+        with loss.critic_network_params.to_module(loss.critic_network):
+            yield loss.critic_network
 
     def process_loss_vals(self, group: str, loss_vals: TensorDictBase) -> TensorDictBase:
         """MAPPO's sum of objective and entropy. A loss that is not finite gets a gradient that is not finite either,
@@ -191,6 +239,7 @@ class TrustRegionConfig(AlgorithmConfig):
     eta: float = setting(Number(least=1, usual=1.02))
     n_rollouts: int = setting(Number(least=1, most=None, whole=True, usual=1))  # as many as memory holds
     normalize_advantage: str = setting(Choice(among=F.NORMALIZATIONS, usual="none"))
+    normalize_value: str = setting(Choice(among=VALUE_NORMALIZATIONS, usual="none"))
 
     share_param_critic: bool = setting(Flag(usual=True))
     entropy_coef: float = setting(Number(least=0, usual=0.0))

@@ -96,7 +96,7 @@ class Sequential(TrustRegion):
 
     def _get_parameters(self, group: str, loss: LossModule) -> dict[str, list]:
         """The critic's, for BenchMARL's loop."""
-        return {"loss_critic": list(loss.critic_network_params.flatten_keys().values())}
+        return {"loss_critic": super()._get_parameters(group, loss)["loss_critic"]}
 
     def _warn_of_shared_policy(self, group: str) -> None:
         asked = self.experiment_config.share_policy_params
@@ -117,6 +117,7 @@ class Sequential(TrustRegion):
         self._batches[group] = batch
         if self.teams.ends_with(group):
             self._policy_phase(self.teams.of(group))
+        self.normalize_targets(group, batch)  # after the policy phase, which may correct them
         return batch
 
     def _policy_phase(self, team: list[str]) -> None:

@@ -54,6 +54,7 @@ class Simultaneous(TrustRegion):
         frames = self.experiment_config.train_minibatch_size(self.on_policy)
         parts = batch[-newest:].split(max(1, frames // batch.shape[1]))
         self.policy_metrics.remember(group, self._policies[group], partial(self.as_sampled, group), parts)
+        self.normalize_targets(group, batch)
         return batch
 
 

@@ -54,6 +54,7 @@ from benchmarl_trust.functional.surrogate import (
     surrogate_objective,
     weighted_gain,
 )
+from benchmarl_trust.functional.value_norm import Moments, mean_and_std, update_moments
 
 __all__ = [
     "FACTORS",
@@ -61,6 +62,7 @@ __all__ = [
     "SURROGATES",
     "TRACES",
     "Epsilon",
+    "Moments",
     "Search",
     "Solution",
     "Surrogate",
@@ -88,6 +90,7 @@ __all__ = [
     "log_gain",
     "log_ratio",
     "masked_mean",
+    "mean_and_std",
     "mean_of_each",
     "normal_kl",
     "normal_kl_curvature",
@@ -105,5 +108,6 @@ __all__ = [
     "temporal_difference",
     "trace_coefficient",
     "uniform_budget",
+    "update_moments",
     "weighted_gain",
 ]

@@ -41,6 +41,7 @@ def record_of(experiment: Experiment) -> dict[str, Any]:
         "share_param_critic": {name: getattr(each, "share_param_critic", None) for name, each in algorithms.items()},
         # Its critic is told whose value is wanted; all others have MAPPO's.
         "estimator=gpae": {name: getattr(each, "estimator", None) == "gpae" for name, each in algorithms.items()},
+        "normalize_value": {name: getattr(each, "normalize_value", "none") for name, each in algorithms.items()},
     }
     if ensemble:
         record["algorithms"] = {name: each.associated_class().__name__.lower() for name, each in algorithms.items()}

@@ -2,5 +2,6 @@
 
 from benchmarl_trust.value.critic import CounterfactualCritic, counterfactual_table
 from benchmarl_trust.value.gpae import GPAE
+from benchmarl_trust.value.normalization import NormalizedCritic
 
-__all__ = ["GPAE", "CounterfactualCritic", "counterfactual_table"]
+__all__ = ["GPAE", "CounterfactualCritic", "NormalizedCritic", "counterfactual_table"]

@@ -144,6 +144,8 @@ DIFFERENT = {
     "order": ("happo", [{"order": "fixed"}, {"order": [2, 0, 1]}]),
     "factor": ("happo", [{"factor": "full"}, {"factor": "inside_clip"}, {"factor": "capped"}]),
     "estimator": ("happo", [{}, GPAE, {"estimator": "preopc"}]),
+    "values": ("mars", [{}, {"normalize_value": "running"}]),
+    "values of gpae": ("happo", [OLDER, OLDER | {"normalize_value": "running"}]),
     "normalisation": ("happo", [GPAE, GPAE | {"normalize_advantage": "per_agent"}]),
     "advantage": ("hatrpo", [{}, {"advantage": "team"}, {"normalize_advantage": "batch"}]),
     "older data": ("mars", [OLDER, OLDER | {"truncation": "it"}, OLDER | {"eta": 1.5}]),

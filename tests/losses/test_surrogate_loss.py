@@ -305,6 +305,32 @@ def test_bad_settings():
         SurrogateLoss(actor, critic, surrogate="clip", normalize_advantage=True)
 
 
+def test_smooth_l1_is_huber_with_delta_1_and_l2_lacks_the_half():
+    """As docs/value.md maps HARL's keys."""
+    actor, critic = networks("categorical")
+    batch = batch_for(actor)
+    batch["value_target"] *= 3
+    with torch.no_grad():
+        value, target = critic(batch.clone())["state_value"], batch["value_target"]
+    losses = {"smooth_l1": nn.functional.huber_loss(value, target, delta=1.0), "l2": (value - target).square().mean()}
+    for name, expected in losses.items():
+        loss = surrogate_loss(actor, critic, loss_critic_type=name, critic_coeff=1.0)
+        torch.testing.assert_close(loss(batch)["loss_critic"].detach(), expected)
+
+
+def test_values_are_clipped_as_harl_does():
+    actor, critic = networks("categorical")
+    batch = batch_for(actor)
+    with torch.no_grad():
+        value = critic(batch.clone())["state_value"]
+    old = batch["state_value"] = value + 0.3 * torch.randn_like(value)
+    clipped = old + (value - old).clamp(-0.2, 0.2)
+    expected = torch.maximum((value - batch["value_target"]) ** 2, (clipped - batch["value_target"]) ** 2).mean()
+    out = surrogate_loss(actor, critic, clip_value=0.2, critic_coeff=1.0)(batch)
+    torch.testing.assert_close(out["loss_critic"].detach(), expected)
+    assert 0 < out["value_clip_fraction"] < 1
+
+
 def test_missing_advantage_is_named():
     actor, critic = networks("categorical")
     with pytest.raises(KeyError, match="advantage"):

@@ -74,6 +74,7 @@ ANOTHER = {
     "critic": (MarsConfig, {}, {"critic": mlp(16)}, "critic_model was"),
     "sharing": (MarsConfig, {}, {"share_policy_params": True}, "share_policy_params was False and is True"),
     "shared critic": (MarsConfig, {"share_param_critic": False}, {}, "share_param_critic was .*True.* and is .*False"),
+    "values": (MarsConfig, {"normalize_value": "running"}, {}, "normalize_value was .*'none'.* and is .*'running'"),
     "estimator": (MarsConfig, {"estimator": "gpae"}, {}, "estimator=gpae was .*False.* and is .*True"),
     "actions": (MarsConfig, {}, {"prefer_continuous_actions": False}, "continuous_actions was True and is False"),
     "key": (MarsConfig, {"epsilon": 7}, {}, r"algorithm\.epsilon"),

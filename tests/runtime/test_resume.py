@@ -37,7 +37,7 @@ def draws():
 def interrupted():
     """With slow ones beside one of each family; natural steps through recurrent policies take seconds."""
     for case, recurrent in [*((case, False) for case in CASES), *((case, True) for case in MAIN)]:
-        fast = case.id in FAMILIES and not (case.natural and recurrent)
+        fast = case.id in (*FAMILIES, "a2po-running") and not (case.natural and recurrent)
         name = f"{case.id}-{'shared-gru' if recurrent else 'separate-mlp'}"
         yield pytest.param(case, recurrent, id=name, marks=() if fast else pytest.mark.slow)
 
@@ -67,6 +67,8 @@ def test_resume_is_exact(case, recurrent, make_experiment, tmp_path):
     for batch in batches[2:]:
         train(again, batch.clone())
     for p, q in zip(expected, again.losses["agents"].parameters(), strict=True):
+        assert torch.equal(p, q)
+    for p, q in zip(experiment.losses["agents"].buffers(), again.losses["agents"].buffers(), strict=True):
         assert torch.equal(p, q)
     assert draws() == expected_draws
 
