@@ -1,4 +1,4 @@
-"""A callback of one's own: learning rates that fall linearly towards zero.
+"""A callback of one's own: in how many episodes of balance the package falls.
 
 python examples/custom_callback.py --iterations 40
 """
@@ -13,22 +13,21 @@ from tensordict import TensorDictBase
 from benchmarl_trust import ClipHappoConfig, experiment_config
 
 
-class LinearDecay(Callback):
-    """Lowers the learning rates of all optimizers, those of single agents and of the critics alike.
+class Outcomes(Callback):
+    """Logs why episodes of balance end: the share in which the package lies on the ground, in place of at its goal.
 
-    They are in ``experiment.optimizers[group]``, as in BenchMARL: ``loss_objective_agent_<i>`` and ``loss_critic`` for
-    HAPPO with separate policies.
+    The return mixes this with how near the package comes. A callback is given whole batches, with all that the
+    environment says of itself (``info``); quantities of a task have no key, and need none.
     """
 
     def on_batch_collected(self, batch: TensorDictBase) -> None:
-        """Set the rates of this iteration, and log them. They follow from its number: a resumed run goes on alike."""
-        config, done = self.experiment.config, self.experiment.n_iters_performed
-        lr = config.lr * (1 - done / config.get_max_n_iters(self.experiment.on_policy))
-        for optimizers in self.experiment.optimizers.values():
-            for optimizer in optimizers.values():
-                for parameters in optimizer.param_groups:
-                    parameters["lr"] = lr
-        self.experiment.logger.log({"train/lr": lr}, step=done)
+        """Look at the steps that ended an episode; without any there is nothing to log."""
+        after = batch["next"]
+        fallen = after["agents", "info", "ground_rew"][..., 0, :] < 0  # of each agent the same
+        ended = after["terminated"]
+        if ended.any():
+            share = fallen[ended].float().mean().item()
+            self.experiment.logger.log({"collection/fallen": share}, step=self.experiment.n_iters_performed)
 
 
 def make_experiment(iterations: int, frames: int = 3_000) -> Experiment:
@@ -47,18 +46,17 @@ def make_experiment(iterations: int, frames: int = 3_000) -> Experiment:
         model_config=MlpConfig.get_from_yaml(),
         seed=0,
         config=config,
-        callbacks=[LinearDecay()],
+        callbacks=[Outcomes()],
     )
 
 
 def main() -> None:
-    """Train, and show the last rates."""
+    """Train; the share is beside the other numbers, in ``scalars/collection_fallen.csv``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--iterations", type=int, default=40)
     experiment = make_experiment(parser.parse_args().iterations)
     experiment.run()
-    for name, optimizer in experiment.optimizers["agents"].items():
-        print(f"{name}: lr {optimizer.param_groups[0]['lr']:.1e}")
+    print(f"Logged in {experiment.folder_name / experiment.name / 'scalars'}")
 
 
 if __name__ == "__main__":

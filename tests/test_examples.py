@@ -214,11 +214,22 @@ def test_custom_task(load):
 
 
 def test_custom_callback(load):
-    experiment = load("custom_callback").make_experiment(2, frames=300)
+    experiment = load("custom_callback").make_experiment(2, frames=3000)
+    batches = []
+    look = experiment.callbacks[0].on_batch_collected
+
+    def remember(batch):
+        batches.append(batch.clone())
+        look(batch)
+
+    experiment.callbacks[0].on_batch_collected = remember
     experiment.run()
-    assert scalars(experiment)["train_lr"] == pytest.approx([3e-4, 1.5e-4])
-    rates = {group["lr"] for o in experiment.optimizers["agents"].values() for group in o.param_groups}
-    assert rates == {1.5e-4}
+    shares = []
+    for batch in batches:
+        ground, done = batch["next", "agents", "info", "ground_rew"], batch["next", "terminated"]
+        ends = [ground[i, t, 0].item() for i, t, _ in done.nonzero().tolist()]
+        shares.append(sum(value < 0 for value in ends) / len(ends))
+    assert scalars(experiment)["collection_fallen"] == pytest.approx(shares)
 
 
 TINY = ["experiment=vmas_laptop", "experiment.max_n_frames=200", *SMALL, "critic_model.num_cells=[8]"]

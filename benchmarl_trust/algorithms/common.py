@@ -17,7 +17,7 @@ from torchrl.envs import Transform
 from torchrl.objectives import LossModule
 
 from benchmarl_trust import functional as F
-from benchmarl_trust.algorithms.checks import check_memory
+from benchmarl_trust.algorithms.checks import check_memory, refuse
 from benchmarl_trust.algorithms.estimators import ESTIMATORS
 from benchmarl_trust.algorithms.keys import (
     Choice,
@@ -29,6 +29,7 @@ from benchmarl_trust.algorithms.keys import (
     setting,
 )
 from benchmarl_trust.algorithms.metrics import each_and_mean, to_host
+from benchmarl_trust.algorithms.schedules import SCHEDULES, Schedule, set_lr
 from benchmarl_trust.losses import SurrogateLoss
 from benchmarl_trust.paths import conf_folder
 from benchmarl_trust.runtime import FiniteGuard, LatestCheckpoint, ResumeState, check_video
@@ -62,6 +63,10 @@ class TrustRegion(Mappo):
         normalize_advantage (str): ``none``, ``batch`` or ``per_agent``, over the whole collected batch.
         normalize_value (str): ``running``: the critic is a :class:`~benchmarl_trust.value.NormalizedCritic`, with
             statistics of the group, or of each agent where each has a critic of its own. ``none``: it is MAPPO's.
+        lr_schedule (str), warmup_frames (int): of the learning rates of all optimizers, see
+            :class:`~benchmarl_trust.algorithms.schedules.Schedule`.
+        epsilon_schedule (str): of ``epsilon`` and ``epsilon_negative``.
+        target_kl (float, optional): an iteration's epochs end once the exact mean KL(old ‖ new) exceeds this.
         **kwargs: those of :class:`benchmarl.algorithms.Mappo`.
 
     Raises:
@@ -84,13 +89,20 @@ class TrustRegion(Mappo):
         n_rollouts: int,
         normalize_advantage: str,
         normalize_value: str,
+        lr_schedule: str,
+        warmup_frames: int,
+        epsilon_schedule: str,
+        target_kl: float | None,
         **kwargs,
     ):
         super().__init__(clip_epsilon=epsilon, **kwargs)
         check_video(self.experiment)
         self.surrogate = surrogate
-        #: The radius as the gains take it: where A < 0, where A ≥ 0.
-        self.epsilon = (epsilon if epsilon_negative is None else epsilon_negative, epsilon)
+        self.full_epsilon = (epsilon if epsilon_negative is None else epsilon_negative, epsilon)
+        #: The radius of this iteration as the gains take it: where A < 0, where A ≥ 0.
+        self.epsilon = self.full_epsilon
+        self.lr_schedule, self.epsilon_schedule = Schedule(lr_schedule, warmup_frames), Schedule(epsilon_schedule)
+        self.target_kl = target_kl
         self.factor = factor
         self.normalize_advantage = normalize_advantage
         self.normalize_value = normalize_value
@@ -120,6 +132,8 @@ class TrustRegion(Mappo):
         )
         self.estimator.attach(group, loss, policy_for_loss)
         loss.value_estimator.set_keys(value=(group, "state_value"))  # advantages are in the rewards' units, always
+        if self.lr_schedule.moves:
+            self.resume_state.scheduled.add(group)
         # An ensemble calls this method on an inner algorithm and keeps the loss to itself; process_batch of the
         # inner algorithm would then build a second, untrained critic. Keeping the loss here prevents that.
         self._losses_and_updaters[group] = (loss, None)
@@ -143,13 +157,17 @@ class TrustRegion(Mappo):
         return self.estimator.buffer(group, transforms)
 
     def process_batch(self, group: str, batch: TensorDictBase) -> TensorDictBase:
-        """Advantages and value targets of this batch, and of those that the estimator keeps."""
+        """Advantages and value targets of this batch, and of those that the estimator keeps. This comes before all
+        updates of the group, so it sets what has a schedule.
+        """
         for optimizer in self.experiment.optimizers[group].values():
             fused(optimizer)
+        scheduled = self._follow_schedules(group)
         batch = self.estimator.with_kept(group, without_absent(group, batch))
         batch = super().process_batch(group, batch)
         metrics = self.estimator.metrics(group, batch) | self._value_metrics(group)
         metrics = to_host(metrics, prefix=f"train/{group}/")
+        metrics |= {f"train/{group}/{name}": value for name, value in scheduled.items()}
         if metrics:
             self.experiment.logger.log(metrics, step=self.experiment.n_iters_performed)
         return batch
@@ -181,6 +199,19 @@ class TrustRegion(Mappo):
         loss, _ = self.get_loss_and_updater(group)
         with loss.critic_network_params.to_module(loss.critic_network):
             yield loss.critic_network
+
+    def _follow_schedules(self, group: str) -> dict[str, float]:
+        """Set the iteration's learning rates and ε, if they have a schedule; returns what is logged of them."""
+        values = {}
+        if self.lr_schedule.moves:
+            values["lr"] = self.experiment.config.lr * self.lr_schedule.factor(self.experiment)
+            set_lr(self.experiment.optimizers[group].values(), values["lr"])
+        if self.epsilon_schedule.moves:
+            factor = self.epsilon_schedule.factor(self.experiment)
+            self.epsilon = tuple(factor * radius for radius in self.full_epsilon)
+            self.get_loss_and_updater(group)[0].epsilon = self.epsilon
+            values["policy/epsilon"] = self.epsilon[1]
+        return values
 
     def process_loss_vals(self, group: str, loss_vals: TensorDictBase) -> TensorDictBase:
         """MAPPO's sum of objective and entropy. A loss that is not finite gets a gradient that is not finite either,
@@ -240,6 +271,10 @@ class TrustRegionConfig(AlgorithmConfig):
     n_rollouts: int = setting(Number(least=1, most=None, whole=True, usual=1))  # as many as memory holds
     normalize_advantage: str = setting(Choice(among=F.NORMALIZATIONS, usual="none"))
     normalize_value: str = setting(Choice(among=VALUE_NORMALIZATIONS, usual="none"))
+    lr_schedule: str = setting(Choice(among=SCHEDULES, usual="constant"))
+    warmup_frames: int = setting(Number(least=0, whole=True, usual=0))
+    epsilon_schedule: str = setting(Choice(among=SCHEDULES, usual="constant"))
+    target_kl: float | None = setting(Number(above=0, null=True, usual=None))
 
     share_param_critic: bool = setting(Flag(usual=True))
     entropy_coef: float = setting(Number(least=0, usual=0.0))
@@ -266,6 +301,16 @@ class TrustRegionConfig(AlgorithmConfig):
         check_host(experiment)
         frames = experiment.collected_frames_per_batch(self.on_policy())
         check_memory(self.n_rollouts, frames, experiment.train_device)
+        self._check_warmup(experiment.get_max_n_frames(self.on_policy()))
+
+    def _check_warmup(self, frames: int | None) -> None:
+        if frames is not None and self.warmup_frames > frames:
+            refuse(
+                "warmup_frames",
+                self.warmup_frames,
+                f"the run has {frames} frames (experiment.max_n_frames, experiment.max_n_iters), so the learning rate "
+                "would never be experiment.lr. It must be at most that. The usual value is 0.",
+            )
 
     supports_continuous_actions = staticmethod(MappoConfig.supports_continuous_actions)
     supports_discrete_actions = staticmethod(MappoConfig.supports_discrete_actions)

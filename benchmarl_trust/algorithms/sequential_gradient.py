@@ -13,7 +13,16 @@ from benchmarl_trust.algorithms.checks import refuse
 from benchmarl_trust.algorithms.keys import Flag, Number, Radius, setting
 from benchmarl_trust.algorithms.sequential import Sequential, SequentialConfig
 from benchmarl_trust.policy import Agent, Head, forward, log_ratio_of
-from benchmarl_trust.updates import Advantage, GradientStep, MinibatchEpochs, PositionInfo, shuffles, sweep
+from benchmarl_trust.updates import (
+    Advantage,
+    GradientStep,
+    MinibatchEpochs,
+    PositionInfo,
+    exceeds_kl,
+    shuffles,
+    sweep,
+    with_epochs,
+)
 
 
 class SequentialGradient(Sequential):
@@ -71,7 +80,7 @@ class SequentialGradient(Sequential):
         correction = self.estimator.correction(team[0], self._batches[team[0]], self._as_used)
         if self._is_shared(team):
             return self._minibatch_sweeps(agents, order, rows, correction)
-        step = MinibatchEpochs(self._gradient_step(), self.actor_epochs, chunk, self.generator, rows)
+        step = MinibatchEpochs(self._gradient_step(), self.actor_epochs, chunk, self.generator, rows, self.target_kl)
         return sweep(agents, order, step, self.factor, chunk=chunk, epsilon=self.epsilon[1], advantage=correction)
 
     def _minibatch_sweeps(
@@ -81,7 +90,8 @@ class SequentialGradient(Sequential):
 
         Source: reconstructed after Le & Ta's shared variant, whose running product is never reset; here M starts at 1
         in every minibatch. Advantages that are corrected at each turn are corrected here from the second epoch on, once
-        in each, for what all agents have become (ours).
+        in each, for what all agents have become (ours). No agent has a turn of its own that could end, so ``target_kl``
+        bounds the mean over the team's agents, and all end with the same epoch.
         """
         infos, step, chunk = [], self._gradient_step(), self._chunk(agents)
         for k, epoch in enumerate(shuffles(len(agents[0].data), self.actor_epochs, self.generator, rows)):
@@ -93,7 +103,11 @@ class SequentialGradient(Sequential):
                 turns = sweep(agents, order, step, self.factor, minibatch, epsilon=self.epsilon[1])
                 # What was computed on these rows is of no use later, and there may be many minibatches.
                 infos += [turn._replace(log_ratio=None, outputs=()) for turn in turns]
-        return infos
+            if k + 1 < self.actor_epochs and exceeds_kl(self.target_kl, agents, rows, chunk):
+                break
+        if self.target_kl is None:
+            return infos
+        return [info._replace(step=with_epochs(info.step, k + 1)) for info in infos]
 
     def _gradient_step(self) -> GradientStep:
         config = self.experiment_config

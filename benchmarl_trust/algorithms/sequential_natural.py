@@ -33,6 +33,14 @@ HAS_NO_CLIP = "a natural step has no clip for it to be inside of. Take full or c
 HAS_NO_ENTROPY_BONUS = (
     "natural-gradient steps have no entropy bonus; their KL bound keeps the policy from collapsing. Leave it at 0."
 )
+HAS_ITS_OWN_RADIUS = (
+    "natural steps have no epsilon, their radius is the KL bound algorithm.kl_threshold. Leave it at constant, or take "
+    "algorithm=happo, whose steps are gradient steps."
+)
+HAS_NO_EPOCHS = (
+    "a natural step is one step under a bound on the KL, algorithm.kl_threshold: there are no epochs to end. Leave it "
+    "at null and set that one, or take algorithm=happo, whose steps are gradient steps."
+)
 
 
 class SequentialNatural(Sequential):
@@ -188,6 +196,8 @@ class SequentialNaturalConfig(SequentialConfig):
     surrogate: str = setting(Choice(among=("linear",), elsewhere=dict.fromkeys(GAINS, HAS_KL_BOUND), usual="linear"))
     factor: str | None = setting(Choice(among=F.FACTORS, elsewhere={"inside_clip": HAS_NO_CLIP}, usual="full"))
     entropy_coef: float = setting(Only(usual=0.0, why=HAS_NO_ENTROPY_BONUS))
+    epsilon_schedule: str = setting(Only(usual="constant", why=HAS_ITS_OWN_RADIUS))
+    target_kl: float | None = setting(Only(usual=None, why=HAS_NO_EPOCHS))
 
     kl_threshold: float = setting(Number(above=0, usual=0.01))
     # Each is a product with the Fisher matrix over the whole batch. A solve that has converged or stagnated changes

@@ -15,6 +15,7 @@ from torchrl.objectives import LossModule
 from benchmarl_trust import functional as F
 from benchmarl_trust.algorithms.common import TrustRegion, TrustRegionConfig
 from benchmarl_trust.algorithms.keys import Only, Radius, setting
+from benchmarl_trust.algorithms.kl_stop import KlStop
 from benchmarl_trust.algorithms.metrics import each_and_mean, to_host
 from benchmarl_trust.policy import Head, head_of
 from benchmarl_trust.runtime import own_callback
@@ -30,6 +31,7 @@ class Simultaneous(TrustRegion):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.policy_metrics = own_callback(self.experiment, PolicyMetrics)
+        self.kl_stop = None if self.target_kl is None else own_callback(self.experiment, KlStop)
         self._policies: dict[str, ProbabilisticTensorDictSequential] = {}
 
     def _get_loss(self, group: str, policy_for_loss: TensorDictModule, continuous: bool) -> tuple[LossModule, bool]:
@@ -55,7 +57,15 @@ class Simultaneous(TrustRegion):
         parts = batch[-newest:].split(max(1, frames // batch.shape[1]))
         self.policy_metrics.remember(group, self._policies[group], partial(self.as_sampled, group), parts)
         self.normalize_targets(group, batch)
+        if self.kl_stop is not None:
+            self.kl_stop.watch(group, self.target_kl, partial(self.policy_metrics.kl, group))
         return batch
+
+    def process_loss_vals(self, group: str, loss_vals: TensorDictBase) -> TensorDictBase:
+        """As the base, and without the policy's loss once its KL has exceeded ``target_kl``."""
+        loss_vals = super().process_loss_vals(group, loss_vals)
+        stopped = self.kl_stop is not None and self.kl_stop.stopped(group)
+        return loss_vals.exclude("loss_objective") if stopped else loss_vals
 
 
 class _Before(NamedTuple):
@@ -104,13 +114,17 @@ class PolicyMetrics(Callback):
         self._before[group] = _Before(head, ask, ask(), mask)
 
     @torch.no_grad()
+    def kl(self, group: str) -> Tensor:
+        """The exact mean KL(old ‖ new) of each agent as it is now, [N]."""
+        before = self._before[group]
+        return F.mean_of_each(before.head.kl(before.outputs, before.ask()), before.mask)
+
     def on_train_end(self, training_td: TensorDictBase, group: str) -> None:
         """Log them."""
         if group not in self._before:
             return  # a group of an ensemble with another algorithm
-        before = self._before.pop(group)
-        kl = before.head.kl(before.outputs, before.ask())
-        metrics = each_and_mean("kl", F.mean_of_each(kl, before.mask))
+        metrics = each_and_mean("kl", self.kl(group))
+        del self._before[group]
         metrics |= {"ratio_min": training_td["ratio_min"].min(), "ratio_max": training_td["ratio_max"].max()}
         self.experiment.logger.log(
             to_host(metrics, prefix=f"train/{group}/policy/"), step=self.experiment.n_iters_performed

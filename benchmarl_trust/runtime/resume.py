@@ -27,8 +27,9 @@ class ResumeState(Callback):
     After a restore the same next batch gives, bit for bit, the parameters that it would have given without the
     interruption. (Environments start anew, as in BenchMARL, so the next batch itself differs.)
 
-    Learning rates that a schedule has changed come back too. A run that is resumed with another ``experiment.lr`` keeps
-    that one; all other settings of the optimizers are always those of the running experiment.
+    Learning rates that a schedule has changed come back too, unless an algorithm's own keys set them in every iteration
+    (:attr:`scheduled`): those of the running experiment then say what they are. A run that is resumed with another
+    ``experiment.lr`` keeps that one; all other settings of the optimizers are always those of the running experiment.
 
     BenchMARL writes the report of a resumed run anew; with what is restored here it has the evaluations before too. A
     run of another algorithm, task or seed that starts from the checkpoint has a report of its own. Once training goes
@@ -43,6 +44,7 @@ class ResumeState(Callback):
         batch_shapes (dict of list of int): [environments, steps] of the batches that a group's buffer keeps from one
             iteration to the next; empty where none does.
         n_rollouts (dict of int): how many of them, by group; 1 where it is not said.
+        scheduled (set of str): groups whose algorithm sets their learning rates in every iteration.
     """
 
     def __init__(self):
@@ -50,6 +52,7 @@ class ResumeState(Callback):
         self.generators: list[torch.Generator] = []
         self.batch_shapes: dict[str, list[int]] = {}
         self.n_rollouts: dict[str, int] = {}
+        self.scheduled: set[str] = set()
         self._restored: dict[str, Any] | None = None
 
     @classmethod
@@ -67,6 +70,7 @@ class ResumeState(Callback):
             "lr": float(self.experiment.config.lr),
             "frames_per_batch": self._frames_per_batch,
             "csv_bytes": _sizes(self.experiment),
+            "scheduled": sorted(self.scheduled),
             "record": record_of(self.experiment),
             "batch_shapes": dict(self.batch_shapes),
             "n_rollouts": dict(self.n_rollouts),
@@ -88,8 +92,9 @@ class ResumeState(Callback):
         self.check(state_dict)
         same_lr = state.get("lr") == self.experiment.config.lr
         for group, optimizers in state["optimizers"].items():
+            with_lr = same_lr and group not in state.get("scheduled", [])
             for name, optimizer_state in optimizers.items():
-                _load(self.experiment.optimizers[group][name], optimizer_state, same_lr)
+                _load(self.experiment.optimizers[group][name], optimizer_state, with_lr)
         for generator, (device, generator_state) in zip(self.generators, state["generators"], strict=True):
             if generator.device.type == device:
                 generator.set_state(generator_state.cpu())

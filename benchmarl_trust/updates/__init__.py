@@ -1,7 +1,15 @@
 """Stateful procedures over one batch. They know TensorDicts and policies, but not BenchMARL."""
 
 from benchmarl_trust.updates.allocation import SCORES, GreedyAllocation, KktAllocation, UniformAllocation
-from benchmarl_trust.updates.gradient import GradientStep, MinibatchEpochs, fused, shuffles
+from benchmarl_trust.updates.gradient import (
+    EpochsInfo,
+    GradientStep,
+    MinibatchEpochs,
+    exceeds_kl,
+    fused,
+    shuffles,
+    with_epochs,
+)
 from benchmarl_trust.updates.natural import Allocation, NaturalGradient, NaturalInfo, NaturalStep, Turn
 from benchmarl_trust.updates.order import advantage_score, semi_greedy
 from benchmarl_trust.updates.sweep import Advantage, PositionInfo, StepInfo, sweep
@@ -10,6 +18,7 @@ __all__ = [
     "SCORES",
     "Advantage",
     "Allocation",
+    "EpochsInfo",
     "GradientStep",
     "GreedyAllocation",
     "KktAllocation",
@@ -22,8 +31,10 @@ __all__ = [
     "Turn",
     "UniformAllocation",
     "advantage_score",
+    "exceeds_kl",
     "fused",
     "semi_greedy",
     "shuffles",
     "sweep",
+    "with_epochs",
 ]

@@ -1,14 +1,15 @@
 """One agent's gradient steps on a surrogate gain, by the optimizer that it is given."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
 from benchmarl_trust import functional as F
-from benchmarl_trust.policy import Agent, surrogate_of
+from benchmarl_trust.policy import Agent, forward, kl_of, old_outputs, surrogate_of
 from benchmarl_trust.updates.sweep import StepInfo
 
 #: What a step reads of an agent's data, where it is there.
@@ -78,6 +79,14 @@ class GradientStep:
         return norm
 
 
+class EpochsInfo(NamedTuple):
+    """A :class:`~benchmarl_trust.updates.StepInfo` with the number of epochs, where that is not given."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    epochs: Tensor
+
+
 @dataclass
 class MinibatchEpochs:
     """All of one agent's steps in an iteration: several epochs of shuffled minibatches.
@@ -88,6 +97,7 @@ class MinibatchEpochs:
         minibatch (int): rows per step; the last minibatch of an epoch may be smaller.
         generator (torch.Generator): draws the permutations, on the data's device.
         rows (int, optional): rows of an epoch; None for all of them.
+        target_kl (float, optional): no further epoch once the agent's KL exceeds this, see :func:`exceeds_kl`.
     """
 
     step: GradientStep
@@ -95,19 +105,52 @@ class MinibatchEpochs:
     minibatch: int
     generator: torch.Generator
     rows: int | None = None
+    target_kl: float | None = None
 
-    def __call__(self, agent: Agent, data: TensorDict, weight: Tensor, place: float = 1.0) -> StepInfo:
+    def __call__(self, agent: Agent, data: TensorDict, weight: Tensor, place: float = 1.0) -> StepInfo | EpochsInfo:
         """Take the steps; the loss and the gradient norm of the result are means over them."""
         # One gather per epoch and a plain dictionary per minibatch: TensorDicts would cost as much as the network.
         names = [name for name in COLUMNS if name in data.keys()]
         columns = {name: data[name] for name in names} | {"weight": weight}
         infos = []
-        for rows in shuffles(len(data), self.epochs, self.generator, self.rows):
+        for epoch, rows in enumerate(shuffles(len(data), self.epochs, self.generator, self.rows), 1):
             parts = zip(*(column[rows].split(self.minibatch) for column in columns.values()), strict=True)
             for part in parts:
                 minibatch = dict(zip(columns, part, strict=True))
                 infos.append(self.step(agent, minibatch, minibatch.pop("weight"), place))
-        return StepInfo(*(torch.stack(values).mean() for values in zip(*infos, strict=True)))
+            if epoch < self.epochs and self._exceeds_kl(agent, data):
+                break
+        info = StepInfo(*(torch.stack(values).mean() for values in zip(*infos, strict=True)))
+        return info if self.target_kl is None else with_epochs(info, epoch)
+
+    def _exceeds_kl(self, agent: Agent, data: TensorDict) -> bool:
+        return exceeds_kl(self.target_kl, [agent._replace(data=data)], self.rows, self.minibatch)
+
+
+def with_epochs(info: StepInfo, epochs: int) -> EpochsInfo:
+    """The same, and how many epochs were made."""
+    return EpochsInfo(*info, epochs=torch.full_like(info.loss, epochs))
+
+
+@torch.no_grad()
+def exceeds_kl(bound: float | None, agents: Sequence[Agent], rows: int | None = None, chunk: int | None = None) -> bool:
+    """Whether the exact KL(old ‖ new), the mean over the agents of each one's mean, exceeds the bound.
+
+    The host waits once. A KL that is not a number exceeds every bound.
+
+    Args:
+        bound (float, optional): in nats; None: none exceeds it.
+        agents (sequence of Agent): those whose policies have moved.
+        rows (int, optional): of the data's end, the newest; None for all.
+        chunk (int, optional): rows per forward pass.
+    """
+    if bound is None:
+        return False
+    kls = []
+    for agent in agents:
+        newest = agent.data if rows is None else agent.data[-rows:]
+        kls.append(kl_of(agent.policy, old_outputs(newest), forward(agent, newest, chunk), newest))
+    return not torch.stack(kls).mean() <= bound
 
 
 def shuffles(rows: int, epochs: int, generator: torch.Generator, per_epoch: int | None = None):

@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import waits_are_errors
 from problems import MODELS, RECURRENT, N, make_agents, make_problem
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarl_trust.policy import GroupPolicy, remember_old_policy
-from benchmarl_trust.updates import GradientStep, MinibatchEpochs, fused, shuffles, sweep
+from benchmarl_trust.policy import GroupPolicy, forward, remember_old_policy
+from benchmarl_trust.updates import GradientStep, MinibatchEpochs, exceeds_kl, fused, shuffles, sweep
 
 CASES = [
     ("mlp", "tanh"),
@@ -222,6 +223,63 @@ def test_no_step_waits_for_the_gpu(distribution, twin, entropy_coef):
     with waits_are_errors():
         infos = sweep(agents, [2, 0, 1], step, factor="capped")
     assert all(info.finite for info in infos)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the numbers that the host takes of tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "equal")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("target", "made", "waits"), [(None, 3, 0), (1e-12, 1, 1), (1e9, 3, 2)])
+def test_a_target_kl_costs_one_wait_an_epoch_but_the_last(target, made, waits):
+    problem = make_problem("mlp", "masked", dtype=torch.float32)
+    agents = make_agents(problem, fused=True)
+    for agent in agents:
+        remember_old_policy(agent)
+    step = MinibatchEpochs(GradientStep("clip", EPSILON, max_grad_norm=NORM), 3, SIZE, generator(), target_kl=target)
+    with Waits() as mode:
+        infos = sweep(agents, [2, 0, 1], step, factor="full")
+    assert mode.count == 3 * waits
+    assert target is None or [info.step.epochs for info in infos] == [made] * 3
+
+
+@pytest.mark.parametrize(("model", "distribution"), CASES)
+@pytest.mark.parametrize("rows", [None, 4])
+def test_the_kl_that_is_checked_is_the_exact_one_of_the_newest_rows(model, distribution, rows):
+    """Against PyTorch's own, without the rows in which an agent is absent."""
+    problem = make_problem(model, distribution)
+    agents = make_remembered(problem)
+    means = []
+    before = [forward(agent, agent.data) for agent in agents]
+    with torch.no_grad():
+        for p in problem.policy.parameters():
+            p += 0.05 * torch.randn_like(p)
+    for agent, old in zip(agents, before, strict=True):
+        mask = torch.rand(agent.data.batch_size) < 0.7
+        mask[-1] = True
+        agent.data["mask"] = mask
+        kind = torch.distributions.Normal
+        if distribution in ("categorical", "masked"):
+            new = forward(agent, agent.data)
+            p, q = ((x[0] if len(x) == 1 else x[0].masked_fill(~x[1], -torch.inf)).softmax(-1) for x in (old, new))
+            kl = torch.where(p > 0, p * (p / q.clamp(min=1e-300)).log(), 0).sum(-1)
+        else:
+            kl = torch.distributions.kl_divergence(kind(*old), kind(*forward(agent, agent.data))).sum(-1)
+        means.append(kl[-(rows or 0) :][mask[-(rows or 0) :]].mean())
+    exact = torch.stack(means).mean()
+    assert exact > 1e-4
+    assert exceeds_kl(float(exact) * (1 - 1e-6), agents, rows, chunk=3)
+    assert not exceeds_kl(float(exact) * (1 + 1e-6), agents, rows, chunk=3)
+    assert not exceeds_kl(None, agents)
+    agents[0].data["old_0"][-1] = math.nan
+    assert exceeds_kl(1e9, agents, rows)
 
 
 def make_remembered(problem):
