@@ -1,6 +1,7 @@
 # make demo   sets up, trains MARS and MAPPO on vmas/balance, draws their learning curves
 # make test   sets up, runs the tests but for the slow ones, about five minutes on two cores
-# make check  runs the slow tests (further algorithms, tasks and processes) and make lint
+# make test-gpu runs the tests of what a GPU does, on one where there is one, else on a simulated one (tests/simcuda)
+# make check  runs the slow tests (further algorithms, tasks and processes), make test-gpu and make lint
 # make matrix runs every algorithm on every task and model, and all combinations of keys; writes docs/matrix.md
 # make lint   ruff check and format check
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 DEMO_FRAMES ?= 120000
 DEMO_FOLDER ?= outputs/demo
 
-.PHONY: demo test check matrix lint clean
+.PHONY: demo test test-gpu check matrix lint clean
 
 demo: $(VENV)/.installed-vmas
 	rm -rf $(DEMO_FOLDER)
@@ -23,7 +24,10 @@ demo: $(VENV)/.installed-vmas
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-check: lint
+test-gpu: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m gpu --simcuda
+
+check: lint test-gpu
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 matrix: $(VENV)/.installed-test

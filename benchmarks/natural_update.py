@@ -355,8 +355,7 @@ def forward_mode(agent):
     def product(vector):
         tangents = dict(zip(parameters, policy.unflatten(vector), strict=True))
         _, pushed = torch.func.jvp(outputs, (parameters,), (tangents,))
-        curved = torch.autograd.grad(model._kl_slope, model._leaves, pushed, retain_graph=True)
-        return policy.gradient(model._roots, curved, retain_graph=True)
+        return policy.gradient(model._roots, tuple(model._curve(pushed)), retain_graph=True)
 
     return product
 

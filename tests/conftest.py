@@ -1,4 +1,6 @@
 import os
+import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,10 +12,41 @@ if PARALLEL:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--simcuda", action="store_true", help="run gpu tests on a simulated device where there is none")
+
+
+def pytest_configure(config):
+    """With --simcuda; see tests/simcuda. A torch that it does not know skips the gpu tests, the pinned one fails."""
+    config.no_gpu, config.simulated = "no CUDA device; --simcuda simulates one", False
+    if config.getoption("--simcuda") and not torch.cuda.is_available():
+        from simcuda import install
+
+        try:
+            install.install()
+            config.simulated = True
+        except install.UnknownTorchError as error:
+            if install.is_known():
+                raise
+            config.no_gpu = str(error)
+
+
+def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+            item.add_marker(pytest.mark.skip(reason=config.no_gpu))
+
+
+@pytest.fixture
+def recorder(request):
+    """What counts waits and launches of the simulated device, from zero; without that device the test is skipped."""
+    if not request.config.simulated:
+        pytest.skip("counts on the simulated device: --simcuda, where there is no other")
+    from simcuda.record import RECORDER
+
+    RECORDER.reset()
+    yield RECORDER
+    RECORDER.reset()
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +114,25 @@ def run(make_experiment):
         return experiment
 
     return run
+
+
+@contextmanager
+def waits_are_errors():
+    """An operation at which the host waits for the GPU raises.
+
+    Torch warns that this is a prototype, once the mode is set: as an error the warning would leave it set for good.
+    """
+
+    def set_mode(mode):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode(mode)
+
+    set_mode("error")
+    try:
+        yield
+    finally:
+        set_mode("default")
 
 
 def policy_parameters(experiment) -> dict[str, torch.Tensor]:

@@ -75,7 +75,7 @@ def make_problem(
     features = (8, 8, 3) if model == "cnn" else (FEATURES,)
     config = MODELS[model]()
 
-    def body(n, share):
+    def body(n, share, device=device):
         outputs = 2 * ACTIONS if distribution in ("tanh", "normal") else KINDS
         spec = Composite(agents=Composite(observation=Unbounded((n, *features)), shape=(n,)))
         network = config.get_model(
@@ -86,7 +86,7 @@ def make_problem(
             n_agents=n,
             centralised=False,
             share_params=share,
-            device="cpu",
+            device=device,
             action_spec=None,
         )
         if distribution in ("categorical", "masked"):
@@ -96,7 +96,13 @@ def make_problem(
             network, TensorDictModule(NormalParamExtractor("biased_softplus_1.0"), [("agents", "logits")], keys)
         ).to(device, dtype)
 
-    policy = ProbabilisticTensorDictSequential(body(n_agents, shared), _head(distribution, n_agents, dtype))
+    head = _head(distribution, n_agents, dtype)
+    policy = ProbabilisticTensorDictSequential(body(n_agents, shared, "cpu"), head)
+    if device != "cpu":  # the same initial values there
+        values = policy.state_dict()
+        with torch.random.fork_rng(devices=[]):
+            policy = ProbabilisticTensorDictSequential(body(n_agents, shared), head)
+        policy.load_state_dict(values)
     batch = TensorDict(batch_size=shape)
     batch["agents", "observation"] = torch.randn(*shape, n_agents, *features, dtype=dtype)
     batch["agents", "action_mask"] = torch.rand(*shape, n_agents, KINDS) < 0.6

@@ -44,3 +44,14 @@ def test_checkpoints(tmp_path):
     assert iterations("warm") == [4, 5]
     assert iterations() == [0, 1, 2, 3]
     assert "Evaluation results logged" in shell(evaluate, tmp_path)
+
+
+@pytest.mark.slow
+def test_export(tmp_path):
+    train, export, loop = commands("export.md")
+    (tmp_path / "examples").symlink_to(DOCS.parent / "examples")
+    shell(train, tmp_path)
+    assert len(shell(export, tmp_path).splitlines()) == 4
+    (use,) = re.findall(r"^```python\n(.*?)^```", (DOCS / "export.md").read_text(), re.MULTILINE | re.DOTALL)
+    shell(f"python -c '{use}assert action.shape == (5, 2)'", tmp_path)
+    assert re.search(r"mean return -?\d+\.\d{4} of 4 agents in 60 environments", shell(loop, tmp_path))

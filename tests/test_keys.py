@@ -28,6 +28,7 @@ from benchmarl_trust.algorithms.keys import (
 )
 from benchmarl_trust.functional import SURROGATES
 from benchmarl_trust.paths import conf_folder
+from benchmarl_trust.runtime.before import LOGGERS, check_folder
 
 NAN, INF = float("nan"), float("inf")
 KEYS = [(name, field.name) for name in sorted(ALGORITHMS) for field in fields(ALGORITHMS[name])]
@@ -123,7 +124,7 @@ def test_every_key_refuses_what_it_may_not_be(name, key, refused):
 def test_so_does_every_key_of_the_host_that_our_updates_need(key, refused):
     rule = HOST[key]
     for value in BAD[type(rule)](rule):
-        said = refused(MarsConfig.get_from_yaml(), **{key: value})
+        said = refused(MarsConfig.get_from_yaml(), **{"evaluation": True, key: value})
         assert said.startswith(f"experiment.{key}="), (value, said)
 
 
@@ -233,7 +234,7 @@ def test_a_logger_without_its_package(logger, algorithm, refused, without):
     assert f'pip install "{logger if logger == "mlflow" else f"benchmarl_trust[{logger}]"}"' in said
 
 
-@pytest.mark.parametrize("loggers", [["paper"], ["csv", "CSV"], [None], [""], "csv", None])
+@pytest.mark.parametrize("loggers", [["csv", "csv"], ["paper"], ["csv", "CSV"], [None], [""], "csv", None])
 def test_unknown_loggers(loggers, refused):
     assert "experiment.loggers=" in refused(MarsConfig.get_from_yaml(), loggers=loggers)
 
@@ -274,13 +275,21 @@ def test_a_folder_that_is_not_there(refused):
     said = refused(MarsConfig.get_from_yaml(), save_folder="no/such/folder")
     assert said.startswith("experiment.save_folder=no/such/folder")
     assert "mkdir -p no/such/folder" in said
+    with pytest.raises(ValueError, match=r"experiment\.save_folder=3"):
+        check_folder(3)
 
 
-@pytest.mark.parametrize(("logger", "needs"), [("csv", "torchvision"), ("tensorboard", "moviepy")])
+def test_a_file_to_restore_that_is_no_path(refused):
+    assert "experiment.restore_file=5 must be" in refused(MarsConfig.get_from_yaml(), restore_file=5)
+
+
+@pytest.mark.parametrize(
+    ("logger", "needs"), [("csv", "torchvision"), ("mlflow", "torchvision"), ("tensorboard", "moviepy")]
+)
 def test_pictures_that_no_logger_can_write(logger, needs, make_experiment, monkeypatch, without):
     without("moviepy")
     monkeypatch.setitem(sys.modules, "torchvision.io", None)
-    monkeypatch.setattr("benchmarl_trust.runtime.before.LOGGERS", dict.fromkeys(["csv", "tensorboard"], (None, None)))
+    monkeypatch.setitem(LOGGERS, logger, (None, None))  # as if it were installed
     settings = {"loggers": [logger], "render": True, "evaluation": True}
     with pytest.raises(ValueError, match=rf"experiment\.render=True.* {needs}") as error:
         make_experiment(MarsConfig.get_from_yaml(), **settings)

@@ -32,6 +32,7 @@ from benchmarl_trust.algorithms.metrics import each_and_mean, to_host
 from benchmarl_trust.losses import SurrogateLoss
 from benchmarl_trust.paths import conf_folder
 from benchmarl_trust.runtime import FiniteGuard, LatestCheckpoint, ResumeState, check_video
+from benchmarl_trust.updates import fused
 from benchmarl_trust.value import NormalizedCritic
 
 #: What the critic regresses on: returns as they are, or in units of their running statistics.
@@ -143,6 +144,8 @@ class TrustRegion(Mappo):
 
     def process_batch(self, group: str, batch: TensorDictBase) -> TensorDictBase:
         """Advantages and value targets of this batch, and of those that the estimator keeps."""
+        for optimizer in self.experiment.optimizers[group].values():
+            fused(optimizer)
         batch = self.estimator.with_kept(group, without_absent(group, batch))
         batch = super().process_batch(group, batch)
         metrics = self.estimator.metrics(group, batch) | self._value_metrics(group)
@@ -217,8 +220,8 @@ def without_absent(group: str, batch: TensorDictBase) -> TensorDictBase:
 
 
 def _nan_gradient_unless_finite(loss: Tensor) -> Tensor:
-    finite = loss.detach().isfinite()
-    return loss * finite.to(loss.dtype).masked_fill(~finite, float("nan"))
+    value = loss.detach()
+    return loss * (1 + (value - value))  # the difference is 0, or NaN
 
 
 @dataclass

@@ -27,7 +27,7 @@ from torchrl.objectives import ValueEstimators
 
 from benchmarl_trust import functional as F
 from benchmarl_trust.algorithms.checks import LEAST_BYTES, check_memory, refuse
-from benchmarl_trust.algorithms.metrics import advantage_metrics, each_and_mean, mean_of_each, variance_of_each
+from benchmarl_trust.algorithms.metrics import advantage_metrics, each_and_mean, variance_of_each
 from benchmarl_trust.losses import SurrogateLoss
 from benchmarl_trust.updates import Advantage
 from benchmarl_trust.value import GPAE, CounterfactualCritic
@@ -302,7 +302,7 @@ class GpaeEstimator(GaeEstimator):
         }
         metrics = {}
         for name, value in steps.items():
-            metrics |= each_and_mean(name, mean_of_each(value.double(), mask))
+            metrics |= each_and_mean(name, F.mean_of_each(value.double(), mask))
         return metrics
 
 
@@ -407,12 +407,13 @@ def counterfactual_critic(
     discrete = isinstance(action, Categorical | OneHot)
     width = (action.space.n if discrete else 2 * action.shape[-1]) + 1
     extra = [1] * (_feature_dims(model_config, group) - 1)
+    # The task's specs are on the sampling device, one made here is on the CPU: they are put together there.
     if state_spec is not None:
-        input_spec, key, shape = state_spec.clone(), TABLE, (*extra, n_agents * width)
+        input_spec, key, shape = state_spec.clone().to("cpu"), TABLE, (*extra, n_agents * width)
         input_spec[TABLE] = Unbounded(shape)
     else:
         input_spec, key, shape = (
-            Composite({group: observation_spec[group].clone()}),
+            Composite({group: observation_spec[group].clone().to("cpu")}),
             (group, TABLE),
             (n_agents, *extra, width),
         )

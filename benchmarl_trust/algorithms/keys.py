@@ -215,6 +215,13 @@ HOST = {
     "adam_eps": Number(above=0, usual=1e-6),  # with 0 a gradient of 0 makes its parameter NaN
     "clip_grad_norm": Flag(usual=True),
     "clip_grad_val": Number(above=0, most=None, null=True, usual=5),
+    "max_n_frames": Number(least=1, most=None, whole=True, null=True, usual=3_000_000),
+    "max_n_iters": Number(least=1, most=None, whole=True, null=True, usual=None),
+    "checkpoint_interval": Number(least=0, most=None, whole=True, usual=0),
+    "exclude_buffer_from_checkpoint": Flag(usual=False),
+    "evaluation": Flag(usual=True),
+    "evaluation_interval": Number(least=1, most=None, whole=True, usual=120_000),
+    "evaluation_episodes": Number(least=1, most=None, whole=True, usual=10),
 }
 
 
@@ -225,4 +232,6 @@ def check_host(experiment: ExperimentConfig) -> None:
         ValueError: see :meth:`Rule.check`.
     """
     for key, rule in HOST.items():
+        if key.startswith("evaluation_") and not experiment.evaluation:
+            continue  # which nothing reads then
         rule.check(f"experiment.{key}", getattr(experiment, key), experiment)

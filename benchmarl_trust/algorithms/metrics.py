@@ -9,36 +9,28 @@ from benchmarl_trust import functional as F
 from benchmarl_trust.updates import PositionInfo
 
 #: What an agent met at its position, and how it is summed up over the minibatches of a shared policy.
-AT_POSITION = {"factor_mean": Tensor.mean, "factor_max": Tensor.max, "factor_ess": Tensor.mean}
+AT_POSITION = {"factor_mean": Tensor.mean, "factor_max": Tensor.amax, "factor_ess": Tensor.mean}
 AT_POSITION |= {"advantage_variance": Tensor.mean}
 
 
-def each_and_mean(name: str, values: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
-    """A quantity of each agent, N scalars, and its mean over agents.
+def each_and_mean(name: str, values: Tensor) -> dict[str, Tensor]:
+    """A quantity of each agent, [N], and its mean over agents.
 
     Examples:
         >>> each_and_mean("kl", torch.tensor([1.0, 3.0]))
         {'kl_agent_0': tensor(1.), 'kl_agent_1': tensor(3.), 'kl': tensor(2., dtype=torch.float64)}
     """
-    values = values if isinstance(values, Tensor) else torch.stack(list(values))
-    return {f"{name}_agent_{i}": value for i, value in enumerate(values.unbind())} | {name: values.double().mean()}
+    return {f"{name}_agent_{i}": value for i, value in enumerate(values.unbind())} | {
+        name: values.mean(dtype=torch.float64)
+    }
 
 
 def to_host(metrics: Mapping[str, Tensor], prefix: str = "") -> dict[str, float]:
     """The same as numbers, under names with a prefix. The host waits once, whatever their number."""
     if not metrics:
         return {}
-    values = torch.stack([value.double() for value in metrics.values()]).tolist()
+    values = torch.stack(list(metrics.values())).tolist()
     return {f"{prefix}{name}": value for name, value in zip(metrics, values, strict=True)}
-
-
-def mean_of_each(value: Tensor, mask: Tensor | None) -> Tensor:
-    """Each agent's mean over the samples [*, N] in which it takes part, [N]; 0 if there is none."""
-    value = value.flatten(0, -2)
-    if mask is None:
-        return value.mean(0)
-    mask = mask.flatten(0, -2)
-    return torch.where(mask, value, 0).sum(0) / mask.sum(0).clamp(min=1)
 
 
 def variance_of_each(value: Tensor) -> Tensor:
@@ -51,7 +43,7 @@ def advantage_metrics(advantage: Tensor, mask: Tensor | None) -> dict[str, Tenso
     n_agents = advantage.shape[-1]
     flat = advantage.reshape(-1, n_agents).double()
     present = torch.ones_like(flat) if mask is None else mask.reshape(-1, n_agents).double()
-    mean = mean_of_each(flat, mask)
+    mean = F.mean_of_each(flat, mask)
     centred = (flat - mean) * present
     std = (centred.square().sum(0) / present.sum(0).clamp(min=1)).sqrt()
     metrics = each_and_mean("advantage_mean", mean) | each_and_mean("advantage_std", std)
@@ -66,12 +58,16 @@ def advantage_metrics(advantage: Tensor, mask: Tensor | None) -> dict[str, Tenso
 
 def position_metrics(team: str, n_agents: int, infos: Sequence[PositionInfo]) -> dict[str, Tensor]:
     """Of M and what it weighs, by position in the order; for a shared policy over its minibatches."""
-    metrics = {}
-    for position in range(n_agents):
-        here = infos[position::n_agents]  # one for separate policies, one per minibatch for shared ones
-        for name, over in AT_POSITION.items():
-            values = torch.stack([getattr(info, name) for info in here])
-            metrics[f"{team}/policy/{name}_position_{position}"] = over(values)
-    name = f"{team}/policy/advantage_variance"
-    metrics[name] = torch.stack([metrics[f"{name}_position_{k}"] for k in range(n_agents)]).mean()
-    return metrics
+    metrics, prefix = {}, f"{team}/policy/"
+    for name, over in AT_POSITION.items():
+        values = torch.stack([getattr(info, name) for info in infos]).reshape(-1, n_agents)
+        metrics[name] = over(values, 0)  # over one turn for separate policies, one per minibatch for shared ones
+    each = {f"{prefix}{name}_position_{k}": x[k] for k in range(n_agents) for name, x in metrics.items()}
+    return each | {f"{prefix}advantage_variance": metrics["advantage_variance"].mean()}
+
+
+def step_means(turns: Sequence[Sequence[PositionInfo]]) -> dict[str, Tensor]:
+    """Of all that the agents' steps have left behind, the mean over each agent's turns, [N]."""
+    values = torch.stack([value for own in turns for info in own for value in info.step])
+    names = turns[0][0].step._fields
+    return dict(zip(names, values.reshape(len(turns), -1, len(names)).mean(1).unbind(-1), strict=True))

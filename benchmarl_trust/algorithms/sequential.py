@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torchrl.objectives import LossModule
@@ -19,11 +19,11 @@ from benchmarl_trust import functional as F
 from benchmarl_trust.algorithms.checks import refuse
 from benchmarl_trust.algorithms.common import TrustRegion, TrustRegionConfig
 from benchmarl_trust.algorithms.keys import Choice, Order, TeamLists, setting
-from benchmarl_trust.algorithms.metrics import each_and_mean, position_metrics, to_host
+from benchmarl_trust.algorithms.metrics import each_and_mean, position_metrics, step_means, to_host
 from benchmarl_trust.algorithms.teams import Teams
 from benchmarl_trust.algorithms.twins import group_policy
 from benchmarl_trust.losses import CriticPhaseLoss
-from benchmarl_trust.policy import Agent, GroupPolicy, forward, kl_of, old_outputs, remember_old_policy
+from benchmarl_trust.policy import Agent, GroupPolicy, Head, columns_of, forward, old_outputs, remember_old_policy
 from benchmarl_trust.updates import PositionInfo, advantage_score, semi_greedy
 
 ADVANTAGES = ("per_agent", "team")
@@ -208,10 +208,12 @@ class Sequential(TrustRegion):
                 forward(agents[k], agents[k].data, chunk) if self._is_shared(team) else own[-1].outputs
                 for k, own in zip(mine, turns, strict=True)
             ]
-            single = [self._agent_metrics(agents[k], *of, rows) for k, *of in zip(mine, outputs, turns, strict=True)]
-            for name in single[0]:
-                metrics |= each_and_mean(f"{group}/policy/{name}", [values[name] for values in single])
-            metrics[f"{group}/skipped"] = torch.stack([~info.finite for own in turns for info in own]).sum()
+            data = columns_of([agents[k] for k in mine])
+            columns = tuple(torch.stack(parts, data.ndim) for parts in zip(*outputs, strict=True))
+            values = step_means(turns) | self._agent_metrics(self._policies[group].head, data, columns, rows)
+            for name, value in values.items():
+                metrics |= each_and_mean(f"{group}/policy/{name}", value)
+            metrics[f"{group}/skipped"] = (~torch.stack([info.finite for own in turns for info in own])).sum()
         metrics |= position_metrics("+".join(team), len(agents), infos)
         values = to_host(metrics)
         for group in team:
@@ -222,18 +224,15 @@ class Sequential(TrustRegion):
             {f"train/{key}": value for key, value in values.items()}, step=self.experiment.n_iters_performed
         )
 
-    def _agent_metrics(
-        self, agent: Agent, outputs: tuple[Tensor, ...], turns: list[PositionInfo], rows: int
-    ) -> dict[str, Tensor]:
-        """What is logged of an agent: its policy as the iteration leaves it, and means over its steps. The KL is that
-        on the newest batch's ``rows``, as simultaneous algorithms have it.
+    def _agent_metrics(self, head: Head, data: TensorDict, outputs: tuple[Tensor, ...], rows: int) -> dict[str, Tensor]:
+        """What is logged of a group's policies as the iteration leaves them, [N] each. ``outputs`` and ``data`` are
+        [*, N]. The KL is that on the newest batch's ``rows``, as simultaneous algorithms have it.
         """
-        newest = agent.data[-rows:]
-        steps = zip(*(info.step for info in turns), strict=True)
-        means = {name: torch.stack(values).mean() for name, values in zip(turns[0].step._fields, steps, strict=True)}
-        return means | {
-            "kl": kl_of(agent.policy, old_outputs(newest), tuple(x[-rows:] for x in outputs), newest),
-            "entropy": F.masked_mean(agent.policy.entropy(outputs), agent.data.get("mask", None)),
+        newest, mask = data[-rows:], data.get("mask", None)
+        kl = head.kl(old_outputs(newest), tuple(x[-rows:] for x in outputs))
+        return {
+            "kl": F.mean_of_each(kl, newest.get("mask", None)),
+            "entropy": F.mean_of_each(head.entropy(outputs), mask),
         }
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from benchmarl.experiment import ExperimentConfig
+from tensordict import TensorDict
 from torch import Tensor
 from torchrl.objectives import LossModule
 
@@ -11,8 +12,8 @@ from benchmarl_trust import functional as F
 from benchmarl_trust.algorithms.checks import refuse
 from benchmarl_trust.algorithms.keys import Flag, Number, Radius, setting
 from benchmarl_trust.algorithms.sequential import Sequential, SequentialConfig
-from benchmarl_trust.policy import Agent, forward, log_ratio_of
-from benchmarl_trust.updates import Advantage, GradientStep, MinibatchEpochs, PositionInfo, fused, shuffles, sweep
+from benchmarl_trust.policy import Agent, Head, forward, log_ratio_of
+from benchmarl_trust.updates import Advantage, GradientStep, MinibatchEpochs, PositionInfo, shuffles, sweep
 
 
 class SequentialGradient(Sequential):
@@ -63,7 +64,7 @@ class SequentialGradient(Sequential):
         return [f"loss_objective_{'shared' if policy.shared else f'agent_{a.index}'}" for a in policy.agents]
 
     def _optimizers(self, group: str) -> list[torch.optim.Optimizer]:
-        return [fused(self.experiment.optimizers[group][name]) for name in self._optimizer_names(group)]
+        return [self.experiment.optimizers[group][name] for name in self._optimizer_names(group)]
 
     def _sweep(self, team: list[str], agents: list[Agent], order: list[int]) -> list[PositionInfo]:
         chunk, rows = self._chunk(agents), self._rows(team, agents)
@@ -112,15 +113,13 @@ class SequentialGradient(Sequential):
             return self.minibatch_frames
         return -(-self.minibatch_frames // agents[0].data.shape[1])
 
-    def _agent_metrics(
-        self, agent: Agent, outputs: tuple[Tensor, ...], turns: list[PositionInfo], rows: int
-    ) -> dict[str, Tensor]:
-        log_ratio, mask = log_ratio_of(agent.policy, outputs, agent.data), agent.data.get("mask", None)
+    def _agent_metrics(self, head: Head, data: TensorDict, outputs: tuple[Tensor, ...], rows: int) -> dict[str, Tensor]:
+        log_ratio, mask = log_ratio_of(head, outputs, data), data.get("mask", None)
         shares = {
-            "clip_fraction": F.share_outside("clip", log_ratio, self.epsilon, mask),
-            "outside_fraction": F.share_outside(self.surrogate, log_ratio, self.epsilon, mask),
+            name: F.mean_of_each(F.is_outside(surrogate, log_ratio, self.epsilon).to(log_ratio.dtype), mask)
+            for name, surrogate in (("clip_fraction", "clip"), ("outside_fraction", self.surrogate))
         }
-        return super()._agent_metrics(agent, outputs, turns, rows) | shares
+        return super()._agent_metrics(head, data, outputs, rows) | shares
 
 
 @dataclass

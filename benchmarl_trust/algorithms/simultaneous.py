@@ -15,7 +15,7 @@ from torchrl.objectives import LossModule
 from benchmarl_trust import functional as F
 from benchmarl_trust.algorithms.common import TrustRegion, TrustRegionConfig
 from benchmarl_trust.algorithms.keys import Only, Radius, setting
-from benchmarl_trust.algorithms.metrics import each_and_mean, mean_of_each, to_host
+from benchmarl_trust.algorithms.metrics import each_and_mean, to_host
 from benchmarl_trust.policy import Head, head_of
 from benchmarl_trust.runtime import own_callback
 
@@ -110,7 +110,7 @@ class PolicyMetrics(Callback):
             return  # a group of an ensemble with another algorithm
         before = self._before.pop(group)
         kl = before.head.kl(before.outputs, before.ask())
-        metrics = each_and_mean("kl", mean_of_each(kl, before.mask))
+        metrics = each_and_mean("kl", F.mean_of_each(kl, before.mask))
         metrics |= {"ratio_min": training_td["ratio_min"].min(), "ratio_max": training_td["ratio_max"].max()}
         self.experiment.logger.log(
             to_host(metrics, prefix=f"train/{group}/policy/"), step=self.experiment.n_iters_performed

@@ -80,13 +80,14 @@ class _OneStepGame(EnvBase):
         n_agents = action_spec.shape[0]
 
         def agents(**spec: TensorSpec) -> Composite:
-            return Composite(agents=Composite(spec, shape=(n_agents,)), device=device)
+            # Specs are made on the CPU, and a Composite takes in none of another device: moved once they are together.
+            return Composite(agents=Composite(spec, shape=(n_agents,))).to(device)
 
         self.full_action_spec_unbatched = agents(action=action_spec)
         self.full_observation_spec_unbatched = agents(observation=Unbounded((n_agents, n_agents)))
         self.full_reward_spec_unbatched = agents(reward=Unbounded((n_agents, 1)))
         flag = Binary(1, (1,), dtype=torch.bool)
-        self.full_done_spec_unbatched = Composite(done=flag, terminated=flag.clone(), device=device)
+        self.full_done_spec_unbatched = Composite(done=flag, terminated=flag.clone()).to(device)
 
     def _joint_reward(self, action: Tensor) -> Tensor:
         """[B] from the agents' actions."""

@@ -11,9 +11,11 @@ from benchmarl_trust.functional.conjugate_gradient import Solution, conjugate_gr
 from benchmarl_trust.functional.distribution import (
     categorical_entropy,
     categorical_kl,
+    categorical_kl_product,
     categorical_log_prob,
     categorical_log_probs,
     normal_kl,
+    normal_kl_curvature,
     normal_log_prob,
     squashed_normal_entropy,
 )
@@ -34,6 +36,7 @@ from benchmarl_trust.functional.ratio import (
     factor_weight,
     log_ratio,
     masked_mean,
+    mean_of_each,
 )
 from benchmarl_trust.functional.surrogate import (
     SURROGATES,
@@ -41,6 +44,7 @@ from benchmarl_trust.functional.surrogate import (
     Surrogate,
     check_surrogate,
     clip_gain,
+    is_outside,
     linear_gain,
     log_gain,
     quadratic_gain,
@@ -65,6 +69,7 @@ __all__ = [
     "Weighting",
     "categorical_entropy",
     "categorical_kl",
+    "categorical_kl_product",
     "categorical_log_prob",
     "categorical_log_probs",
     "check_choice",
@@ -78,6 +83,7 @@ __all__ = [
     "factor_weight",
     "greedy_bound",
     "importance_weight",
+    "is_outside",
     "kkt_budget",
     "line_search",
     "linear_gain",
@@ -85,7 +91,9 @@ __all__ = [
     "log_ratio",
     "masked_mean",
     "mean_and_std",
+    "mean_of_each",
     "normal_kl",
+    "normal_kl_curvature",
     "normal_log_prob",
     "normalize_advantage",
     "per_agent_advantage",

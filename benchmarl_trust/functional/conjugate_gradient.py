@@ -3,6 +3,7 @@
 Shapes: N systems of P unknowns each; vectors are [N, P].
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -88,15 +89,16 @@ def conjugate_gradient(
     for k in range(1, iterations + 1):
         product = matvec(direction)
         curvature = _dot(direction, product)
-        active = finite & (idle < PATIENCE) & (squared > threshold)
-        finite = finite & ~(active & ~(curvature.isfinite() & (curvature > 0)))
-        active = active & finite
-        length = torch.where(active, _dot(residual, direction) / curvature, 0).unsqueeze(-1)
-        held = ~active.unsqueeze(-1)
-        x = torch.where(held, x, x + length * direction)
-        residual = torch.where(held, residual, residual - length * product)
+        wanted = finite & (idle < PATIENCE) & (squared > threshold)
+        finite = torch.where(wanted, (curvature > 0) & (curvature < math.inf), finite)
+        active = wanted & finite
+        held = ~active
+        length = (_dot(residual, direction) / curvature).masked_fill(held, 0).unsqueeze(-1)
+        still = held.unsqueeze(-1)  # what is held has products that may not be finite
+        x = torch.where(still, x, x.addcmul(length, direction))
+        residual = torch.where(still, residual, residual.addcmul(length, product, value=-1))
         previous, squared = squared, _dot(residual, residual)
-        momentum = torch.where(active, squared / previous, 0).unsqueeze(-1)
+        momentum = (squared / previous).masked_fill(held, 0).unsqueeze(-1)
         if k % refresh == 0 and k < iterations:
             computed = b - matvec(x)
             finite = finite & _dot(computed, computed).isfinite()
@@ -107,7 +109,7 @@ def conjugate_gradient(
             least, highest = torch.minimum(least, squared), torch.maximum(highest, objective)
             if b.device.type == "cpu" and not (finite & (idle < PATIENCE) & (squared > threshold)).any():
                 break
-        direction = residual + momentum * direction
+        direction = residual.addcmul(momentum, direction)
         steps = steps + active
     return Solution(x, residual, steps, finite)
 

@@ -12,6 +12,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 
 def normal_log_prob(loc: Tensor, scale: Tensor, value: Tensor) -> Tensor:
@@ -28,8 +29,30 @@ def normal_log_prob(loc: Tensor, scale: Tensor, value: Tensor) -> Tensor:
         >>> normal_log_prob(torch.zeros(2), torch.ones(2), torch.zeros(2)).round(decimals=4)
         tensor(-1.8379)
     """
-    standard = (value - loc) / scale
-    return (-0.5 * standard.square() - scale.log()).sum(-1) - 0.5 * math.log(2 * math.pi) * loc.shape[-1]
+    return _NormalLogProb.apply(*torch.broadcast_tensors(loc, scale, value))
+
+
+class _NormalLogProb(torch.autograd.Function):
+    """The log-density with its own derivatives, in half of autograd's operations. Of all orders."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(loc: Tensor, scale: Tensor, value: Tensor) -> Tensor:
+        standard = (value - loc) / scale
+        return (-0.5 * standard.square() - scale.log()).sum(-1) - 0.5 * math.log(2 * math.pi) * loc.shape[-1]
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        loc, scale, value = ctx.saved_tensors
+        standard = (value - loc) / scale
+        per_scale = gradient.unsqueeze(-1) / scale
+        to_loc = per_scale * standard
+        return to_loc, to_loc * standard - per_scale, -to_loc if ctx.needs_input_grad[2] else None
 
 
 def normal_kl(old_loc: Tensor, old_scale: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
@@ -52,6 +75,25 @@ def normal_kl(old_loc: Tensor, old_scale: Tensor, loc: Tensor, scale: Tensor) ->
     ratio = (old_scale / scale).square()
     shift = ((old_loc - loc) / scale).square()
     return 0.5 * (ratio + shift - 1 - ratio.log()).sum(-1)
+
+
+def normal_kl_curvature(scale: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The Hessian of KL(old ‖ ·) in (loc, scale) at the old normal itself, which is diagonal.
+
+    .. math:: \frac{\partial^2 KL}{\partial μ_d^2} = \frac{1}{σ_d^2}, \qquad
+        \frac{\partial^2 KL}{\partial σ_d^2} = \frac{2}{σ_d^2}
+
+    Args:
+        scale (Tensor): [*, D].
+
+    Returns: its entries for loc and for scale, each [*, D].
+
+    Examples:
+        >>> normal_kl_curvature(torch.tensor([0.5]))
+        (tensor([4.]), tensor([8.]))
+    """
+    precision = scale.square().reciprocal()
+    return precision, 2 * precision
 
 
 def squashed_normal_entropy(loc: Tensor, scale: Tensor, log_half_width: Tensor, noise: Tensor) -> Tensor:
@@ -144,6 +186,26 @@ def categorical_kl(old_log_probs: Tensor, log_probs: Tensor) -> Tensor:
         tensor(0.1438)
     """
     return (old_log_probs.exp() * (_finite(old_log_probs) - _finite(log_probs))).sum(-1)
+
+
+def categorical_kl_product(probs: Tensor, vector: Tensor) -> Tensor:
+    r"""The Hessian of KL(old ‖ ·) in the logits at the old logits themselves, times a vector.
+
+    .. math:: H v = p ⊙ (v - \textstyle\sum_a p_a v_a), \qquad H = \mathrm{diag}(p) - p p^T
+
+    Forbidden actions have p = 0, so their logits have no part in it.
+
+    Args:
+        probs (Tensor): p, [*, K].
+        vector (Tensor): v, finite, [*, K].
+
+    Returns: H v, [*, K].
+
+    Examples:
+        >>> categorical_kl_product(torch.tensor([0.25, 0.75]), torch.tensor([1.0, 0.0]))
+        tensor([ 0.1875, -0.1875])
+    """
+    return probs * (vector - (probs * vector).sum(-1, keepdim=True))
 
 
 def _finite(log_probs: Tensor) -> Tensor:

@@ -49,7 +49,8 @@ def line_search(
     with u the rounding of the KL's type, 1.2e-7 for float32.
 
     If no fraction does, or if the step does not ascend (gᵀΔ is not positive), the parameters are put back bit for bit,
-    also when ``evaluate`` raises. A NaN or an infinity fails its trial. Each trial waits for its result on the host.
+    also when ``evaluate`` raises. A NaN or an infinity fails its trial. Each trial waits for its result on the host. On
+    a GPU that wait tells too whether the step ascends: one which does not costs an evaluation, but no wait of its own.
 
     Source: TRPO's search with the constants of the HATRPO authors' code, save the slack, ours: their strict KL < δ
     rejects by rounding a step that lands on δ.
@@ -75,16 +76,21 @@ def line_search(
     """
     before = [parameter.detach().clone() for parameter in parameters]
     accepted, zero = False, torch.zeros_like(expected)
-    search = Search(zero, zero, zero, zero)
+    untried = search = Search(zero, zero, zero, zero)
     ascends = expected.isfinite() & (expected > 0)
+    if not expected.is_cuda and not ascends:
+        return untried
     try:
-        for k in range(trials if ascends else 0):
+        for k in range(trials):
             fraction = backtrack_coeff**k
             for parameter, old, change in zip(parameters, before, step, strict=True):
-                parameter.copy_(old + fraction * change)
+                torch.add(old, fraction * change, out=parameter)
             gain, kl = evaluate()
             kept = (gain > 0) & (gain > accept_ratio * fraction * expected)
-            accepted = bool(kept & _within(kl, kl_bound) & gain.isfinite() & kl.isfinite())
+            kept = kept & _within(kl, kl_bound) & gain.isfinite() & kl.isfinite()
+            tried, accepted = torch.stack([ascends, ascends & kept]).tolist()
+            if not tried:
+                return untried
             search = Search(zero, zero, zero, zero + k + 1)
             if accepted:
                 return Search(zero + fraction, kl, gain, zero + k + 1)

@@ -58,6 +58,26 @@ def masked_mean(value: Tensor, mask: Tensor | None = None) -> Tensor:
     return torch.where(mask, value, 0).sum() / mask.sum().clamp(min=1)
 
 
+def mean_of_each(value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Each agent's mean over the samples in which it takes part; 0 if there is none.
+
+    Args:
+        value (Tensor): [*, N]. Entries that the mask excludes may be non-finite.
+        mask (Tensor, optional): boolean, the same shape.
+
+    Returns: [N].
+
+    Examples:
+        >>> mean_of_each(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[True, True], [True, False]]))
+        tensor([2., 2.])
+    """
+    value = value.flatten(0, -2)
+    if mask is None:
+        return value.mean(0)
+    mask = mask.flatten(0, -2)
+    return torch.where(mask, value, 0).sum(0) / mask.sum(0).clamp(min=1)
+
+
 def effective_sample_size(log_weight: Tensor, mask: Tensor | None = None) -> Tensor:
     r"""The effective sample size of importance weights, as a share of the samples, per agent.
 

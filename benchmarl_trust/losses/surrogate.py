@@ -40,7 +40,8 @@ class SurrogateLoss(PPOLoss):
             A ≥ 0. For A2PO give the radius of the position as ``epsilon``, and here the one that all positions share.
         critic_on_absent (bool): regress the values of absent agents too, for an estimator that bootstraps from them.
         **kwargs: passed to :class:`torchrl.objectives.PPOLoss` (``entropy_coeff``, ``critic_coeff``,
-            ``loss_critic_type``, ``reduction``, ...).
+            ``loss_critic_type``, ``reduction``, ...). With ``entropy_coeff=0`` the entropy is only logged: it gets no
+            gradient, whatever is made of the coefficient later.
 
     Keys (``set_keys``): those of PPOLoss; ``mask`` [*, N], True where an agent takes part; ``factor`` [*, 1], the
     compound ratio M of the agents already updated in a sequential update; ``importance_weight`` [*, N], each agent's
@@ -116,6 +117,7 @@ class SurrogateLoss(PPOLoss):
                 "normalise the whole batch once with benchmarl_trust.functional.normalize_advantage."
             )
         super().__init__(actor_network, critic_network, **kwargs)
+        self._entropy_counts = kwargs.get("entropy_coeff") != 0  # or else it is only logged
         self.surrogate = surrogate
         self.epsilon = pair
         self.factor = factor
@@ -175,7 +177,8 @@ class SurrogateLoss(PPOLoss):
         has_agents = advantage.ndim > tensordict.ndim + 1
         out.update(self._ratio_statistics(log_ratio.detach().squeeze(-1), mask, has_agents))
         if self.entropy_bonus:
-            entropy = self._get_entropy(dist, adv_shape=advantage.shape[:-1])
+            with torch.set_grad_enabled(self._entropy_counts and torch.is_grad_enabled()):
+                entropy = self._get_entropy(dist, adv_shape=advantage.shape[:-1])
             out["entropy"] = F.masked_mean(entropy.detach().squeeze(-1), mask)
             out["loss_entropy"] = self._reduce(self._weighted_loss_entropy(entropy), mask)
         return out
@@ -245,17 +248,23 @@ class SurrogateLoss(PPOLoss):
 
     @torch.no_grad()
     def _ratio_statistics(self, log_ratio: Tensor, mask: Tensor | None, has_agents: bool) -> TensorDict:
-        mask = torch.ones_like(log_ratio, dtype=torch.bool) if mask is None else mask
         if not has_agents:  # then the last dimension is not theirs
-            log_ratio, mask = log_ratio.reshape(-1, 1), mask.reshape(-1, 1)
+            log_ratio, mask = log_ratio.reshape(-1, 1), None if mask is None else mask.reshape(-1, 1)
+        size = F.effective_sample_size(log_ratio, mask)
+        if mask is None:
+            smallest, largest, present = *log_ratio.aminmax(), None
+        else:
+            smallest = log_ratio.masked_fill(~mask, torch.inf).min()
+            largest = log_ratio.masked_fill(~mask, -torch.inf).max()
+            present = mask.reshape(-1, mask.shape[-1]).any(0)
         return TensorDict(
             {
                 "kl_approx": F.masked_mean(-log_ratio, mask),
                 "clip_fraction": F.share_outside("clip", log_ratio, self.epsilon, mask),
                 "outside_fraction": F.share_outside(self.surrogate, log_ratio, self.epsilon, mask),
-                "ratio_min": log_ratio.masked_fill(~mask, torch.inf).min().exp(),
-                "ratio_max": log_ratio.masked_fill(~mask, -torch.inf).max().exp(),
-                "ESS": F.masked_mean(F.effective_sample_size(log_ratio, mask), mask.reshape(-1, mask.shape[-1]).any(0)),
+                "ratio_min": smallest.exp(),
+                "ratio_max": largest.exp(),
+                "ESS": F.masked_mean(size, present),
             }
         )
 

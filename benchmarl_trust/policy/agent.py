@@ -7,7 +7,7 @@ Shapes: [*] is [B], or [B, T] for recurrent policies; N the agents of the group.
 dimension: a step, or a sequence.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from benchmarl_trust import functional as F
-from benchmarl_trust.policy.head import Head
+from benchmarl_trust.policy.head import Head, Product
 
 
 @dataclass(eq=False)  # two policies are the same if they are one object, so that they can be keys
@@ -36,6 +36,7 @@ class AgentPolicy:
             in-place step on them is a step of the policy.
         sources (list of (nn.Parameter, int or None), optional): where autograd leaves each leaf's gradient, if not in
             the leaf itself: a parameter of the group and the row of it.
+        stack (StackedPolicy, optional): the whole group's, if its parameters are stacked by agent.
     """
 
     body: TensorDictModuleBase
@@ -45,6 +46,7 @@ class AgentPolicy:
     head: Head
     parameters: list[nn.Parameter]
     sources: list[tuple[nn.Parameter, int | None]] | None = None
+    stack: "StackedPolicy | None" = None
 
     def inputs(self, batch: TensorDictBase) -> TensorDict:
         """What ``body`` reads, of the agents that it runs."""
@@ -56,12 +58,12 @@ class AgentPolicy:
             value = batch.get(key, None)
             if value is None:
                 continue  # a recurrent state, which training starts from zero
-            if self._is_of_agents(key):  # others (is_init) have no agent dimension
+            if self.is_of_agents(key):  # others (is_init) have no agent dimension
                 value = value.narrow(batch.ndim, self.index, 1).contiguous()
             inputs[key] = value.detach()
         return inputs
 
-    def _is_of_agents(self, key: NestedKey) -> bool:
+    def is_of_agents(self, key: NestedKey) -> bool:
         """Whether the entry is the agents', however deep: (agents, observation, RGB) beside (agents, loc)."""
         group = _path(self.head.keys[0])[:-1]
         return _path(key)[: len(group)] == group if group else key != "is_init"
@@ -109,6 +111,41 @@ class AgentPolicy:
         return [g if row is None or g is None else g[row] for g, row in zip(gradients, rows, strict=True)]
 
 
+@dataclass(eq=False)
+class StackedPolicy:
+    """All agents of a group at once: row i of each parameter is agent i's, and no other agent's.
+
+    Attributes:
+        body (TensorDictModuleBase): writes the distributions' parameters.
+        head (Head): the distribution.
+        parameters (list of nn.Parameter): each [N, ...].
+    """
+
+    body: TensorDictModuleBase
+    head: Head
+    parameters: list[nn.Parameter]
+
+    def columns(self, agents: Sequence["Agent"]) -> TensorDict:
+        """:func:`columns_of` all its agents, and under ``inputs`` what ``body`` reads."""
+        columns, first = columns_of(agents), agents[0]
+        columns["inputs"] = first.data["inputs"].empty()
+        for key, value in first.data["inputs"].items(include_nested=True, leaves_only=True):
+            if first.policy.width == 1 and first.policy.is_of_agents(key):
+                value = torch.cat([agent.data["inputs"][key] for agent in agents], first.data.ndim)
+            columns[("inputs", *_path(key))] = value
+        return columns
+
+    def forward(self, inputs: TensorDictBase) -> tuple[Tensor, ...]:
+        """The distributions' parameters, each [*, N, ...]."""
+        outputs = self.body(inputs)
+        return tuple(outputs.get(key) for key in self.head.keys)
+
+    def gradient(self, values: tuple[Tensor, ...], weights: tuple | None = None, **kwargs) -> Tensor:
+        """As :meth:`AgentPolicy.gradient`, [N, P]."""
+        gradients = torch.autograd.grad(values, self.parameters, weights, materialize_grads=True, **kwargs)
+        return torch.cat([gradient.flatten(1) for gradient in gradients], -1)
+
+
 class Agent(NamedTuple):
     """An agent of the team, with what an update of it needs.
 
@@ -121,6 +158,14 @@ class Agent(NamedTuple):
     policy: AgentPolicy
     optimizer: torch.optim.Optimizer | None
     data: TensorDict
+
+
+def columns_of(agents: Sequence[Agent]) -> TensorDict:
+    """The data of agents of one group, [*]: each entry but ``inputs`` as columns, [*, N]."""
+    first = agents[0].data
+    names = [name for name in first.keys() if name != "inputs"]
+    columns = {name: torch.stack([agent.data[name] for agent in agents], first.ndim) for name in names}
+    return TensorDict(columns, batch_size=first.batch_size)
 
 
 @torch.no_grad()
@@ -154,8 +199,10 @@ def forward(agent: Agent, data: TensorDict, chunk: int | None = None) -> tuple[T
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
-def log_ratio_of(policy: AgentPolicy, outputs: tuple[Tensor, ...], data: Mapping) -> Tensor:
-    """The log-ratio x = log π - log π_old of the executed actions, [*]; 0 where the agent is absent."""
+def log_ratio_of(policy: AgentPolicy | Head, outputs: tuple[Tensor, ...], data: Mapping) -> Tensor:
+    """The log-ratio x = log π - log π_old of the executed actions, [*]; 0 where the agent is absent. Or that of several
+    agents, [*, N], from their head and :func:`columns_of` them.
+    """
     log_prob = policy.log_prob(outputs, data["action"])
     return F.log_ratio(log_prob, data["old_log_prob"], data.get("mask", None))
 
@@ -183,6 +230,18 @@ def surrogate_of(
 def kl_of(policy: AgentPolicy, old: tuple[Tensor, ...], new: tuple[Tensor, ...], data: Mapping) -> Tensor:
     """Mean KL(old ‖ new) of one agent over the steps in which it is present, exact, in nats; a scalar."""
     return F.masked_mean(policy.kl(old, new), data.get("mask", None))
+
+
+def kl_product_of(policy: AgentPolicy | StackedPolicy, here: tuple[Tensor, ...], data: TensorDict) -> Product:
+    """The Hessian of :func:`kl_of` in the distribution's parameters, where they are, in closed form; of a stack that of
+    the sum over agents.
+    """
+    mask = data.get("mask", None)
+    if mask is None:
+        weight = torch.full_like(here[0][..., 0], 1 / data.numel())
+    else:
+        weight = mask.to(here[0].dtype) / mask.sum(tuple(range(data.ndim)), keepdim=True).clamp(min=1)
+    return policy.head.kl_product(here, weight)
 
 
 def _path(key: NestedKey) -> tuple[str, ...]:

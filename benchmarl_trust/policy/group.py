@@ -17,7 +17,7 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBas
 from torch import Tensor, nn
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 
-from benchmarl_trust.policy.agent import Agent, AgentPolicy
+from benchmarl_trust.policy.agent import Agent, AgentPolicy, StackedPolicy
 from benchmarl_trust.policy.head import head_of
 
 
@@ -62,6 +62,10 @@ class GroupPolicy:
         self.fast = twins is not None and self._agree(twins, example)
         if self.fast:
             self.agents = twins
+        if rows is not None and all(row is None for row in rows.values()):
+            stack = StackedPolicy(self.body, self.head, list(trainable.values()))
+            for agent in self.agents:
+                agent.stack = stack
 
     def outputs(self, batch: TensorDictBase) -> TensorDictBase:
         """The distribution's parameters of all agents."""

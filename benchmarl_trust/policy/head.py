@@ -5,6 +5,7 @@ Shapes: [*] stands for any dimensions, those of agents included, D for the dimen
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from tensordict import TensorDictBase
@@ -12,10 +13,13 @@ from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule
 from tensordict.nn.distributions import NormalParamExtractor
 from tensordict.utils import NestedKey
 from torch import Tensor
-from torch.distributions import Categorical
+from torch.distributions import Categorical, Transform
 from torchrl.modules import IndependentNormal, MaskedCategorical, TanhNormal
 
 from benchmarl_trust import functional as F
+
+#: Of a vector for each of a distribution's parameters, None for one that does not move, its product with a Hessian.
+Product = Callable[[Sequence[Tensor | None]], list[Tensor | None]]
 
 
 class NormalHead:
@@ -31,13 +35,18 @@ class NormalHead:
         self.squashed = module.distribution_class is TanhNormal
         low, high = (module.distribution_kwargs.get(key, bound) for key, bound in (("low", -1.0), ("high", 1.0)))
         self.log_half_width = torch.as_tensor((high - low) / 2).log()
+        self._inverse: dict[torch.device, list[Transform]] = {}
+        self._log_half_width: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def base_action(self, action: Tensor) -> Tensor:
         """The action before squashing, [*, N, D]; by TorchRL's own inverse, so with its treatment of the bounds."""
         if not self.squashed:
             return action
-        any_loc, any_scale = torch.zeros_like(action), torch.ones_like(action)
-        for transform in reversed(TanhNormal(any_loc, any_scale, **self.module.distribution_kwargs).transforms):
+        if action.device not in self._inverse:  # made once, since TorchRL looks at the bounds and so waits for a GPU
+            any_loc, any_scale = torch.zeros_like(action), torch.ones_like(action)
+            transforms = TanhNormal(any_loc, any_scale, **self.module.distribution_kwargs).transforms
+            self._inverse[action.device] = list(reversed(transforms))
+        for transform in self._inverse[action.device]:
             action = transform.inv(action)
         return action
 
@@ -49,13 +58,28 @@ class NormalHead:
         """KL(old ‖ new), [*]."""
         return F.normal_kl(*old, *new)
 
-    def entropy(self, parameters: tuple[Tensor, ...], agent: int) -> Tensor:
-        """Entropy, [*]: a squashed normal has no closed form and gets a one-sample estimate, as in TorchRL."""
+    def kl_product(self, parameters: tuple[Tensor, ...], weight: Tensor) -> Product:
+        """The Hessian of Σ weight · KL(here ‖ ·) in the parameters, where they are; ``weight`` is [*]."""
+        curvatures = [weight.unsqueeze(-1) * curvature for curvature in F.normal_kl_curvature(parameters[1])]
+        return lambda vectors: [None if v is None else h * v for h, v in zip(curvatures, vectors, strict=True)]
+
+    def entropy(self, parameters: tuple[Tensor, ...], agent: int | None = None) -> Tensor:
+        """Entropy of one agent of the group, [*], or of all, [*, N]: a squashed normal has no closed form and gets a
+        one-sample estimate, as in TorchRL.
+        """
         loc, scale = parameters
         if not self.squashed:
             return scale.log().sum(-1) + 0.5 * (1 + math.log(2 * math.pi)) * scale.shape[-1]
-        width = self.log_half_width[agent] if self.log_half_width.ndim > 1 else self.log_half_width
-        return F.squashed_normal_entropy(loc, scale, width.to(loc), torch.randn_like(loc))
+        place = loc.device, loc.dtype
+        if place not in self._log_half_width:  # the bounds are where actions are sampled: copied once
+            self._log_half_width[place] = self.log_half_width.to(loc)
+        width = self._log_half_width[place]
+        width = width[agent] if agent is not None and width.ndim > 1 else width
+        if agent is None:  # agent by agent, so that one by one they would have the same
+            noise = torch.stack([torch.randn_like(x) for x in loc.unbind(-2)], -2)
+        else:
+            noise = torch.randn_like(loc)
+        return F.squashed_normal_entropy(loc, scale, width, noise)
 
 
 class CategoricalHead:
@@ -76,7 +100,17 @@ class CategoricalHead:
         """KL(old ‖ new), [*]."""
         return F.categorical_kl(F.categorical_log_probs(*old), F.categorical_log_probs(*new))
 
-    def entropy(self, parameters: tuple[Tensor, ...], agent: int) -> Tensor:
+    def kl_product(self, parameters: tuple[Tensor, ...], weight: Tensor) -> Product:
+        """The Hessian of Σ weight · KL(here ‖ ·) in the parameters, where they are; ``weight`` is [*]."""
+        probs, weight = F.categorical_log_probs(*parameters).exp(), weight.unsqueeze(-1)
+
+        def product(vectors: Sequence[Tensor | None]) -> list[Tensor | None]:
+            logits, *masks = vectors
+            return [weight * F.categorical_kl_product(probs, logits), *masks]
+
+        return product
+
+    def entropy(self, parameters: tuple[Tensor, ...], agent: int | None = None) -> Tensor:
         """Entropy, [*]."""
         return F.categorical_entropy(F.categorical_log_probs(*parameters))
 

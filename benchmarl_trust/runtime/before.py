@@ -62,6 +62,8 @@ def check_plan(plan: Plan) -> None:
     for config in plan.ours:
         config.check_keys(plan.config)
     if plan.config.restore_file is not None:
+        if not isinstance(plan.config.restore_file, str | Path):
+            raise ValueError(f"experiment.restore_file={plan.config.restore_file} must be null or the path of a file.")
         check_restore(plan)
 
 
@@ -80,6 +82,8 @@ def check_devices(plan: Plan) -> None:
             device = torch.device(value)
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"experiment.{key}={value} is no device. Take cpu or cuda.") from error
+        if device.type == "meta":
+            raise ValueError(f"experiment.{key}=meta has no data. Take cpu or cuda.")
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             cure = " ".join(f"experiment.{name}=cpu" for name in ("sampling_device", "train_device", "buffer_device"))
             raise ValueError(
@@ -102,6 +106,8 @@ def check_loggers(loggers: list[str]) -> None:
     if loggers is None or isinstance(loggers, str):
         raise ValueError(f"experiment.loggers={loggers} must be a list, such as [csv]; for none: [].")
     for logger in loggers:
+        if loggers.count(logger) > 1:
+            raise ValueError(f"experiment.loggers={loggers}: {logger} is there twice. Name each once.")
         if logger not in LOGGERS:
             raise ValueError(f"experiment.loggers={loggers}: {logger} is unknown. Choose of {', '.join(LOGGERS)}.")
         package, source = LOGGERS[logger]
@@ -119,12 +125,15 @@ def check_folder(folder: str | None) -> None:
         ValueError: naming the key and the cure.
 
     Examples:
-        >>> check_folder("runs")
+        >>> check_folder("/runs")
         Traceback (most recent call last):
-        ValueError: experiment.save_folder=runs: there is no such folder. Make it first: mkdir -p runs
+        ValueError: experiment.save_folder=/runs: there is no such folder. Make it first: mkdir -p /runs
     """
-    if folder is not None and not Path(folder).is_dir():
-        raise ValueError(f"experiment.save_folder={folder}: there is no such folder. Make it first: mkdir -p {folder}")
+    if folder is not None and not (isinstance(folder, str | Path) and Path(folder).is_dir()):
+        where = "" if Path(str(folder)).is_absolute() else f" (from {Path.cwd()}; a resumed run needs the first one's)"
+        raise ValueError(
+            f"experiment.save_folder={folder}: there is no such folder{where}. Make it first: mkdir -p {folder}"
+        )
 
 
 def check_video(experiment: Experiment) -> None:
@@ -143,9 +152,9 @@ def check_video(experiment: Experiment) -> None:
         "Run with experiment.render=False (examples/show.py draws checkpoints), or log to tensorboard or wandb with "
         'pip install "benchmarl_trust[video]".'
     )
-    if "csv" in config.loggers and not _torchvision_writes_videos():
+    if {"csv", "mlflow"} & set(config.loggers) and not _torchvision_writes_videos():
         raise ValueError(
-            "experiment.render=True: the csv logger writes videos by torchvision.io.write_video, which this "
+            "experiment.render=True: the loggers csv and mlflow write videos by torchvision.io.write_video, which this "
             f"torchvision does not have. {cure}"
         )
     if {"tensorboard", "wandb"} & set(config.loggers) and importlib.util.find_spec("moviepy") is None:
@@ -167,8 +176,8 @@ def look_before_setup() -> None:
 
     BenchMARL has no place for a plugin before it makes the experiment's folder and, for a restored one, overwrites its
     ``config.pkl``: callbacks and algorithms come later. Therefore ``Experiment.__init__`` is wrapped. Experiments of
-    other algorithms are constructed as they are, save for what certainly fails: a device or a logger's package that is
-    not there.
+    other algorithms are constructed as they are, save for what certainly fails (a device, a folder or a logger's
+    package that is not there), and for checkpoints of ours, which other runs do not go on with.
     """
     if not hasattr(Experiment.__init__, "looks_before"):
         Experiment.__init__ = _looking_before(Experiment.__init__)

@@ -37,12 +37,17 @@ class FiniteGuard(Callback):
     finite entries so large that their norm overflows: clipped by it they would be zeros, on which Adam goes on by its
     momentum. Therefore the norm is that before clipping, taken by a hook on every parameter.
 
+    On a GPU the host does not look at the norm, which would make it wait in every step: the fused Adam is told by its
+    ``found_inf``, as ``torch.amp.GradScaler`` tells it, and changes nothing by itself. So an Adam on a GPU whose user
+    chose no implementation is made fused; others are looked at.
+
     Dropped steps are logged as ``train/{group}/skipped_steps`` once the iteration's last group is trained, since a
     policy phase may be of several groups; ``PATIENCE`` iterations in a row with one end the run with a
     ``RuntimeError``. Checkpoints hold how many there are so far, so that a resumed run counts on.
 
     Attributes:
-        skipped (Counter): dropped steps of the current iteration by group; a policy phase adds its own.
+        skipped (Counter): dropped steps of the current iteration by group; a policy phase adds its own. Those that a
+            GPU has dropped are added at the iteration's end.
         policy_phase (dict of set of str): by group the names of the optimizers that a policy phase steps by itself, and
             whose steps it sees to; named before ``on_setup``. All others are the guard's.
         checks (list of callable): further checks of the collected batch.
@@ -53,6 +58,7 @@ class FiniteGuard(Callback):
         self.skipped: Counter = Counter()
         self.policy_phase: defaultdict[str, set[str]] = defaultdict(set)
         self.checks: list[Callable[[TensorDictBase], None]] = []
+        self._skipped_on_device: dict[str, Tensor] = {}
         self._streak: Counter = Counter()
         self._norms: defaultdict[torch.optim.Optimizer, list[Tensor]] = defaultdict(list)
 
@@ -73,6 +79,7 @@ class FiniteGuard(Callback):
                 if name in self.policy_phase[group]:
                     continue
                 parameters = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
+                _fuse_on_gpu(optimizer)
                 limit = min((_norm_limit(p.dtype) for p in parameters), default=math.inf)
                 optimizer.register_step_pre_hook(partial(self._drop_nonfinite_gradient, group, limit))
                 # Clipping comes before the step: by value it would make an infinity finite, by norm all of it zero.
@@ -110,6 +117,7 @@ class FiniteGuard(Callback):
         groups = list(self.experiment.train_group_map)
         if group != groups[-1]:
             return
+        self._fetch_skipped()
         skipped = {name: self.skipped.pop(name, 0) for name in groups}
         self.experiment.logger.log(
             {f"train/{name}/skipped_steps": count for name, count in skipped.items()},
@@ -146,10 +154,31 @@ class FiniteGuard(Callback):
         if norms is None:  # a gradient that was set by hand, or of parameters that were frozen when hooks were set
             norms = [torch.nn.utils.get_total_norm([p.grad for p in parameters])]
         norm = torch.linalg.vector_norm(torch.stack(norms).double())
-        if not norm <= limit:  # BenchMARL synchronises here too, for grad_norm
+        if norm.is_cuda and all(g.get("fused") for g in optimizer.param_groups):
+            optimizer.found_inf = (norm <= limit).logical_not().float()
+            self._skipped_on_device[group] = self._skipped_on_device.get(group, 0) + optimizer.found_inf
+        elif not norm <= limit:
             self.skipped[group] += 1
             for parameter in parameters:
                 parameter.grad = None  # Adam passes over it
+
+    def _fetch_skipped(self) -> None:
+        """Add what was dropped on the device, by one transfer."""
+        if self._skipped_on_device:
+            counts = torch.stack(list(self._skipped_on_device.values())).tolist()
+            self.skipped.update(dict(zip(self._skipped_on_device, map(int, counts), strict=True)))
+            self._skipped_on_device.clear()
+
+
+def _fuse_on_gpu(optimizer: torch.optim.Optimizer) -> None:
+    """Make an Adam on a GPU fused, unless its user chose an implementation or it has stepped before."""
+    if not isinstance(optimizer, torch.optim.Adam) or optimizer.state:
+        return
+    for group in optimizer.param_groups:
+        chosen = group["foreach"] is not None or group["fused"] is not None
+        chosen = chosen or group["capturable"] or group["differentiable"]
+        if not chosen and all(p.is_cuda and p.is_floating_point() for p in group["params"]):
+            group["fused"] = True
 
 
 def own_callback(experiment: Experiment, kind: type[CallbackType]) -> CallbackType:

@@ -5,10 +5,21 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarl.algorithms import EnsembleAlgorithmConfig
+from benchmarl.algorithms.common import AlgorithmConfig
+from benchmarl.environments import TaskClass
 from benchmarl.experiment import Experiment
 
 #: To which run a report belongs.
 IDENTITY = ("algorithm", "task", "seed")
+
+
+def identity_of(config: AlgorithmConfig, task: TaskClass, seed: int) -> dict[str, Any]:
+    """The names by which BenchMARL's reports know a run."""
+    return {
+        "algorithm": config.associated_class().__name__.lower(),
+        "task": f"{task.env_name().lower()}/{task.name.lower()}",
+        "seed": seed,
+    }
 
 
 def record_of(experiment: Experiment) -> dict[str, Any]:
@@ -17,13 +28,11 @@ def record_of(experiment: Experiment) -> dict[str, Any]:
     Args:
         experiment (Experiment): set up as far as its algorithm.
     """
-    config, task = experiment.algorithm_config, experiment.task
+    config = experiment.algorithm_config
     ensemble = isinstance(config, EnsembleAlgorithmConfig)
     algorithms = config.algorithm_configs_map if ensemble else {"all groups": config}
     record = {
-        "algorithm": config.associated_class().__name__.lower(),
-        "task": f"{task.env_name().lower()}/{task.name.lower()}",
-        "seed": experiment.seed,
+        **identity_of(config, experiment.task, experiment.seed),
         "agents": {group: len(agents) for group, agents in experiment.group_map.items()},
         "continuous_actions": experiment.continuous_actions,
         "model": plain(experiment.model_config),
@@ -64,4 +73,6 @@ def plain(value: object) -> str:
         return f"{{{', '.join(f'{key}: {plain(item)}' for key, item in value.items())}}}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(plain, value))}]"
+    if type(value).__repr__ is object.__repr__:  # which has an address
+        return type(value).__qualname__
     return getattr(value, "__qualname__", str(value))

@@ -3,19 +3,17 @@
 import contextlib
 import copy
 import json
-import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarl.environments import Task
+from benchmarl.environments import Task, TaskClass
 from benchmarl.experiment import Experiment
 from benchmarl.experiment.callback import CallbackNotifier
 
-from benchmarl_trust.runtime.record import IDENTITY, differences, record_of
+from benchmarl_trust.runtime.record import IDENTITY, differences, identity_of, record_of
 from benchmarl_trust.runtime.resume import KEY, ResumeState
 
 
@@ -41,11 +39,20 @@ def check_restore(plan) -> None:
         return  # the host's to say
     if not plan.ours and KEY not in state_dict:
         return
+    saved = state_dict.get(KEY, {}).get("record") or _record_by_report(file)
+    task = plan.task.get_task() if isinstance(plan.task, Task) else plan.task
+    _check_same_run(plan, file, saved, identity_of(plan.algorithm_config, task, plan.seed))
+    if not plan.ours:
+        return
     _check_devices(plan, devices)
-    with _rehearsal(plan) as rehearsal:
-        saved, now = state_dict.get(KEY, {}).get("record") or _record_by_report(file), record_of(rehearsal)
-        _check_same_run(plan, file, saved, now)
-        _check_networks(file, saved, now)
+    if "collector" not in state_dict and not plan.config.collect_with_grad:
+        raise ValueError(
+            f"experiment.restore_file={file}: the checkpoint is of a run with experiment.collect_with_grad=True, and "
+            "has no collector's state. Restore it with that."
+        )
+    with contextlib.closing(_Rehearsal(plan, task)) as rehearsal:
+        rehearsal.set_up()
+        _check_networks(file, saved, record_of(rehearsal))
         _check_parameters(file, rehearsal, state_dict)
         for callback in rehearsal.callbacks:
             if isinstance(callback, ResumeState):
@@ -54,8 +61,10 @@ def check_restore(plan) -> None:
 
 def _read(file: Path) -> tuple[dict[str, Any], set[str]]:
     """The state in the file, without its tensors' contents, and where the tensors were."""
+    if not file.parent.is_dir():
+        raise ValueError(f"experiment.restore_file={file}: there is no folder {file.parent}.")
     if not file.is_file():
-        raise ValueError(f"experiment.restore_file={file}: there is no such file.{_whole_ones(file)}")
+        raise ValueError(f"experiment.restore_file={file}: there is no such file.{_whole_one(file)}")
     devices = set()
 
     def on_cpu(storage, location):
@@ -63,64 +72,77 @@ def _read(file: Path) -> tuple[dict[str, Any], set[str]]:
         return storage
 
     try:
+        _check_whole(file)
         state_dict = torch.load(file, map_location=on_cpu, mmap=True, weights_only=True)
         if not isinstance(state_dict, dict) or "state" not in state_dict:
             raise ValueError("it is not what an experiment saves")
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # what a damaged pickle raises may be anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"experiment.restore_file={file} cannot be read: it is corrupt (half written, say), or no checkpoint "
-            f"({reason}).{_whole_ones(file)}"
+            f"({reason}).{_whole_one(file)}"
         ) from error
     return state_dict, devices
 
 
-def _whole_ones(file: Path) -> str:
-    """A sentence that names the files beside this one that are whole, the newest first."""
-    others = [other for other in file.parent.glob("*.pt") if other != file and zipfile.is_zipfile(other)]
-    if not others:
-        return " There is no whole checkpoint beside it: start the run anew."
-    latest = file.parent / "latest.pt"
-    best = latest if latest in others else max(others, key=lambda other: other.stat().st_mtime)
-    return f" Use {best}."
+def _check_whole(file: Path) -> None:
+    """Raise if the archive is cut off, or what is in it is not what was written (by its checksums)."""
+    with zipfile.ZipFile(file) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"{damaged} in it is damaged")
+
+
+def _whole_one(file: Path) -> str:
+    """A sentence that names a file beside this one that is whole: the latest, or the newest."""
+    others = sorted(file.parent.glob("*.pt"), key=lambda other: (other.name == "latest.pt", other.stat().st_mtime))
+    for other in reversed(others):
+        with contextlib.suppress(ValueError, OSError, zipfile.BadZipFile):
+            if other != file:
+                _check_whole(other)
+                return f" Use {other}."
+    return " There is no whole checkpoint beside it: start the run anew."
 
 
 def _check_devices(plan, devices: set[str]) -> None:
-    """A tensor of a GPU needs one, or to be told where to go."""
-    elsewhere = sorted(device for device in devices if device.startswith("cuda"))
-    if elsewhere and plan.config.restore_map_location is None and not torch.cuda.is_available():
+    """A tensor of a GPU needs that one, or to be told where to go."""
+    there = {"cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *(["cuda"] * torch.cuda.is_available())}
+    asked = plan.config.restore_map_location
+    if isinstance(asked, str) and asked.startswith(("cpu", "cuda")) and asked not in there:
+        raise ValueError(f"experiment.restore_map_location={asked}: it is not there. Take one of {sorted(there)}.")
+    if isinstance(asked, str) and not asked.startswith(("cpu", "cuda")):
+        raise ValueError(f"experiment.restore_map_location={asked} is unknown. Take one of {sorted(there)}, or null.")
+    elsewhere = sorted(device for device in devices if device.startswith("cuda") and device not in there)
+    if elsewhere and asked is None:
         raise ValueError(
-            f"experiment.restore_file={plan.config.restore_file}: its tensors are on {', '.join(elsewhere)} and there "
-            "is no GPU here. Set experiment.restore_map_location=cpu."
+            f"experiment.restore_file={plan.config.restore_file}: its tensors are on {', '.join(elsewhere)}, which is "
+            "not there. Set experiment.restore_map_location=cpu."
         )
-
-
-@contextlib.contextmanager
-def _rehearsal(plan) -> Iterator[Experiment]:
-    """The experiment, set up as far as its algorithm."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # all of them will be given again
-        rehearsal = _Rehearsal(plan)
-    try:
-        yield rehearsal
-    finally:
-        rehearsal.test_env.close()
 
 
 class _Rehearsal(Experiment):
     """What an experiment is before it has a name, a folder, a collector and loggers."""
 
-    def __init__(self, plan):
+    def __init__(self, plan, task: TaskClass):
         CallbackNotifier.__init__(self, experiment=self, callbacks=[])
-        self.config = plan.config
-        self.task = plan.task.get_task() if isinstance(plan.task, Task) else plan.task
+        self.config, self.task, self.seed = plan.config, task, plan.seed
         self.model_config = copy.deepcopy(plan.model_config)
         self.critic_model_config = copy.deepcopy(plan.critic_model_config or plan.model_config)
         self.critic_model_config.is_critic = True
-        self.algorithm_config, self.seed = plan.algorithm_config, plan.seed
-        self._set_action_type()
-        self._setup_task()
-        self._setup_algorithm()
+        self.algorithm_config = plan.algorithm_config
+
+    def set_up(self) -> None:
+        """As far as the algorithm; of what is warned of, the experiment itself will warn."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._set_action_type()
+            self._setup_task()
+            self._setup_algorithm()
+
+    def close(self) -> None:
+        """Close the environment, if there is one yet."""
+        if hasattr(self, "test_env"):
+            self.test_env.close()
 
 
 def _record_by_report(file: Path) -> dict[str, Any]:
@@ -138,15 +160,21 @@ def _record_by_report(file: Path) -> dict[str, Any]:
 
 
 def _check_same_run(plan, file: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """A run of another algorithm, task or seed may start from a checkpoint, in a folder of its own."""
+    """A run goes on in its own folder. Any other may start from its checkpoint, in a folder that has no run yet."""
     different = differences(saved, now, IDENTITY)
-    run_folder = file.parent.parent.resolve()
-    folder = plan.config.save_folder
-    if different and (folder is None or (Path(folder) / run_folder.name).resolve() == run_folder):
+    old = file.parent.parent.resolve()
+    new = old if plan.config.save_folder is None else (Path(plan.config.save_folder) / old.name).resolve()
+    own = "a folder of its own by experiment.save_folder=<a folder that is there>"
+    if new == old and different:
         raise ValueError(
             f"experiment.restore_file={file}: the checkpoint is of another run: {different}. Going on in its folder "
-            "would overwrite its report. Restore it with what it was saved with; or, to start from its parameters, "
-            "give this run a folder of its own by experiment.save_folder=<a folder that is there>."
+            f"would overwrite its report. Restore it with what it was saved with; or, to start from its parameters, "
+            f"give this run {own}."
+        )
+    if new != old and (new / "config.pkl").is_file():
+        raise ValueError(
+            f"experiment.save_folder={plan.config.save_folder}: there is a run already, {new} (BenchMARL keeps the "
+            f"name of the old run). To go on with it, restore its own checkpoint; or give this run {own}."
         )
 
 

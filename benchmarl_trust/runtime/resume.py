@@ -61,10 +61,12 @@ class ResumeState(Callback):
         """Add our entry; tensors and plain containers only, since ``torch.load`` reads nothing else."""
         state_dict[KEY] = {
             "optimizers": {
-                group: {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+                group: {name: _saved(optimizer) for name, optimizer in optimizers.items()}
                 for group, optimizers in self.experiment.optimizers.items()
             },
-            "lr": self.experiment.config.lr,
+            "lr": float(self.experiment.config.lr),
+            "frames_per_batch": self._frames_per_batch,
+            "csv_bytes": _sizes(self.experiment),
             "record": record_of(self.experiment),
             "batch_shapes": dict(self.batch_shapes),
             "n_rollouts": dict(self.n_rollouts),
@@ -99,9 +101,18 @@ class ResumeState(Callback):
                 "report is its own and starts here.",
                 stacklevel=2,
             )
+        frames = self.experiment.total_frames
+        wanted = self.experiment.config.get_max_n_frames(self.experiment.on_policy)
+        if frames > wanted:
+            warnings.warn(
+                f"The checkpoint has {frames} frames and this run is to have {wanted} (experiment.max_n_frames): there "
+                "is nothing left to train. A run that was made longer goes on by the command that made it longer.",
+                stacklevel=2,
+            )
         report = {} if different else copy.deepcopy(state.get("report", {}))
         self._set_report(self._report_on_disk(at_least=report) or report)
-        self._restored = {"random": state["random"], "report": report, "iteration": self.experiment.n_iters_performed}
+        csv_bytes = None if different else state.get("csv_bytes")
+        self._restored = {"random": state["random"], "report": report, "csv_bytes": csv_bytes}
         _set_random_state(state["random"])
 
     def on_batch_collected(self, batch: TensorDictBase) -> None:
@@ -113,9 +124,9 @@ class ResumeState(Callback):
         restored, self._restored = self._restored, None
         _set_random_state(restored["random"])
         self._set_report(restored["report"])
-        for logger in self.experiment.logger.loggers:
-            if isinstance(logger, CSVLogger):
-                _forget_rows(logger, restored["iteration"])
+        if restored["csv_bytes"] is not None:
+            for logger in _csv_loggers(self.experiment):
+                _forget_rows(logger, restored["csv_bytes"])
 
     def check(self, state_dict: dict[str, Any]) -> None:
         """Refuse a checkpoint whose optimizers or kept batches are not this experiment's.
@@ -133,9 +144,27 @@ class ResumeState(Callback):
                 )
         kept = [group for group in self.batch_shapes if state_dict.get(f"buffer_{group}") is not None]
         for group in kept:
-            self._check_kept(group, state.get("batch_shapes", {}).get(group), state.get("n_rollouts", {}).get(group, 1))
+            n_rollouts = state["n_rollouts"].get(group, 1) if "n_rollouts" in state else None
+            self._check_kept(group, state.get("batch_shapes", {}).get(group), n_rollouts)
+        self._check_frames(state_dict, state.get("frames_per_batch"))
 
-    def _check_kept(self, group: str, old: list[int] | None, n_rollouts: int) -> None:
+    def _check_frames(self, state_dict: dict[str, Any], old: int | None) -> None:
+        """BenchMARL's buffer has the size of a batch, and it counts iterations where its collector counts frames."""
+        new = self._frames_per_batch
+        buffers = any(state_dict.get(f"buffer_{group}") is not None for group in self.experiment.group_map)
+        begun = state_dict["state"]["n_iters_performed"] > 0
+        if begun and old is not None and (new < old or (new != old and buffers)):
+            raise ValueError(
+                f"experiment.on_policy_collected_frames_per_batch={new}: the checkpoint was saved with {old}, and a "
+                "run cannot go on with fewer, nor with more unless it saves no buffers "
+                f"(experiment.exclude_buffer_from_checkpoint=True). Resume with {old}."
+            )
+
+    @property
+    def _frames_per_batch(self) -> int:
+        return self.experiment.config.collected_frames_per_batch(self.experiment.on_policy)
+
+    def _check_kept(self, group: str, old: list[int] | None, n_rollouts: int | None) -> None:
         """Kept batches lie flat in a buffer: cut to another length they would be trajectories that never were."""
         without = "or save checkpoints without their buffers (experiment.exclude_buffer_from_checkpoint=True)."
         new = self.batch_shapes[group]
@@ -146,7 +175,7 @@ class ResumeState(Callback):
                 "(experiment.on_policy_n_envs_per_worker, experiment.on_policy_collected_frames_per_batch). Resume "
                 f"with {old[0]} environments and {old[0] * old[1]} frames, {without}"
             )
-        if n_rollouts < self.n_rollouts.get(group, 1):
+        if n_rollouts is not None and n_rollouts < self.n_rollouts.get(group, 1):
             raise ValueError(
                 f"algorithm.n_rollouts={self.n_rollouts[group]}: the checkpoint was saved with {n_rollouts}, and its "
                 f"buffer has no room for as many. Restore with the n_rollouts it was saved with, {without}"
@@ -216,30 +245,69 @@ def _not_saved(folder: Path, error: Exception) -> str:
     return f"The checkpoint cannot be saved in {folder} ({error}; {free / 1e6:.0f} MB are free there). {whole}"
 
 
-def _forget_rows(logger: CSVLogger, iteration: int) -> None:
-    """Take out of a resumed run's CSV files what it did from this iteration on before it was cut off."""
+def _csv_loggers(experiment: Experiment) -> list[CSVLogger]:
+    return [logger for logger in experiment.logger.loggers if isinstance(logger, CSVLogger)]
+
+
+def _csv_files(logger: CSVLogger) -> dict[str, Path]:
+    """The files of scalars by their names."""
+    folder = Path(logger.experiment.log_dir, "scalars")
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in folder.rglob("*.csv")}
+
+
+def _sizes(experiment: Experiment) -> dict[str, int]:
+    """The bytes of the files of scalars, which are written line by line."""
+    files = {name: file for logger in _csv_loggers(experiment) for name, file in _csv_files(logger).items()}
+    return {name: file.stat().st_size for name, file in files.items()}
+
+
+def _forget_rows(logger: CSVLogger, sizes: dict[str, int]) -> None:
+    """Take out of a resumed run's CSV files what came after the checkpoint, save for what this process has written."""
     csv = logger.experiment
-    for file in Path(csv.log_dir, "scalars").glob("*.csv"):
-        rows = file.read_text().splitlines(keepends=True)
-        mine = [f"{step},{value}\n" for step, value in csv.scalars.get(file.stem, [])]
-        before = [row for row in rows[: len(rows) - len(mine)] if int(row.split(",")[0]) < iteration]
-        if before + mine != rows:
+    for name, file in _csv_files(logger).items():
+        content = file.read_bytes()
+        mine = "".join(f"{step},{value}\n" for step, value in csv.scalars.get(name, [])).encode()
+        if not content.endswith(mine):
+            continue  # somebody else writes here too
+        before = content[: len(content) - len(mine)][: sizes.get(name, 0)]
+        if before + mine != content:
             part = file.with_suffix(".part")
-            part.write_text("".join(before + mine))
+            part.write_bytes(before + mine)
             if str(file) in csv.files:
                 csv.files.pop(str(file)).close()  # it will be opened anew, at its end
             os.replace(part, file)
 
 
+def _saved(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state with Python's numbers: those of NumPy, which a sweep may have made, are not read back."""
+    state = optimizer.state_dict()
+    groups = [
+        {key: value.item() if isinstance(value, np.generic) else value for key, value in group.items()}
+        for group in state["param_groups"]
+    ]
+    return {**state, "param_groups": groups}
+
+
 def _load(optimizer: torch.optim.Optimizer, saved: dict[str, Any], with_lr: bool) -> None:
-    """Restore the moments, and the learning rates if asked for. The other settings stay those of this experiment."""
+    """Restore the moments, and the learning rates if asked for. The other settings stay those of this experiment.
+
+    Adam's ``step`` is left by torch wherever the file was mapped to, unless it belongs with the parameters (``fused``,
+    ``capturable``). A new Adam has it on the CPU; on a GPU every optimizer step would wait for it twice per tensor.
+    """
     restored = ("fused", "lr") if with_lr else ("fused",)
     current = optimizer.state_dict()["param_groups"]
     groups = [
-        {**new, **{key: old.get(key) for key in restored}}
+        {**new, **{key: old[key] for key in restored if old.get(key) is not None}}
         for new, old in zip(current, saved["param_groups"], strict=True)
     ]
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    state = {
+        i: {
+            key: value.cpu() if key == "step" and isinstance(value, torch.Tensor) else value
+            for key, value in of.items()
+        }
+        for i, of in saved["state"].items()
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _random_state() -> dict[str, Any]:

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from benchmarl_trust import functional as F
 from benchmarl_trust.policy import Agent
-from benchmarl_trust.updates.natural import LocalModel, NaturalGradient, Proposal, Turn
+from benchmarl_trust.updates.natural import (
+    LocalModel,
+    Models,
+    NaturalGradient,
+    Proposal,
+    StackedModel,
+    Turn,
+    gradients_of,
+)
 
 #: Share of the iterations by which a direction is brought up to date when only the weight w(M) has changed.
 REFINE = 0.4
@@ -80,10 +88,12 @@ class KktAllocation:
         self.solver = solver
         self._warm = not _shared(agents)
         self._proposals, found = [], []
-        for agent in agents:  # one after another, so that only one graph is in memory
-            models, weight = [LocalModel(agent, agent.data)], torch.ones_like(agent.data["advantage"])
-            self._proposals.append(solver(models, [models[0].gradient(weight)[1]]))
-            found.append(scores(estimator, models, weight, solver, self._proposals[-1]))
+        weight = torch.ones_like(agents[0].data["advantage"])
+        one_by_one = ([LocalModel(agent, agent.data)] for agent in agents)  # so that only one graph is in memory
+        for models in [StackedModel(agents)] if solver.stacks(agents) else one_by_one:
+            proposal = solver(models, gradients_of(models, weight)[1])
+            self._proposals += [proposal.of(k) for k in range(len(models))]
+            found.append(scores(estimator, models, weight, solver, proposal))
         self.score = torch.cat(found)
         self.kl_bound = F.kkt_budget(self.score, total, low, high)
         self.order = self.score.argsort(descending=True).tolist() if order is None else order
@@ -137,8 +147,7 @@ class GreedyAllocation:
         self.low, self.high, self.cap = low, high, cap
         self.solver, self.estimator, self.order = solver, estimator, order
         self._shared = _shared(agents)
-        self._models: dict[int, LocalModel] = {}
-        self._candidates: list[int] = []
+        self._models: Models | None = None
         self._proposal: Proposal | None = None
 
     def next(self, weight: Tensor, moved: list[int]) -> Turn:
@@ -153,22 +162,20 @@ class GreedyAllocation:
         else:
             kl_bound = self.remaining.clamp(min=0, max=self.cap)
         kl_bound = torch.where(score[place] > 0, kl_bound, 0)
-        agent, own = candidates[place], proposal.select(slice(place, place + 1))
-        self._models.pop(agent)
-        return Turn(agent, objectives[place], own, kl_bound, score[place])
+        self._models.pop(place)
+        self._proposal = proposal.without(place)
+        return Turn(candidates[place], objectives[place], proposal.of(place), kl_bound, score[place])
 
-    def _compare(self, candidates: list[int], weight: Tensor) -> tuple[tuple[Tensor, ...], Proposal, Tensor]:
-        if self._shared or not self._models:  # a step on shared parameters makes every model stale
-            self._models = {i: LocalModel(self.agents[i], self.agents[i].data) for i in candidates}
+    def _compare(self, candidates: list[int], weight: Tensor) -> tuple[Sequence[Tensor], Proposal, Tensor]:
+        if self._shared or self._models is None:  # a step on shared parameters makes every model stale
+            agents = [self.agents[i] for i in candidates]
+            stacks = self.solver.stacks(agents)
+            self._models = StackedModel(agents) if stacks else [LocalModel(agent, agent.data) for agent in agents]
             self._proposal = None
-        models = [self._models[i] for i in candidates]
-        objectives, gradients = zip(*(model.gradient(weight) for model in models), strict=True)
-        if self._proposal is None:
-            proposal = self.solver(models, gradients)
-        else:
-            start = self._proposal.select([self._candidates.index(i) for i in candidates])
-            proposal = _refining(self.solver)(models, gradients, start)
-        self._candidates, self._proposal = candidates, proposal
+        models = self._models
+        objectives, gradients = gradients_of(models, weight)
+        solver = self.solver if self._proposal is None else _refining(self.solver)
+        proposal = solver(models, gradients, self._proposal)
         return objectives, proposal, scores(self.estimator, models, weight, self.solver, proposal)
 
     def spend(self, kl: Tensor) -> None:
@@ -176,9 +183,7 @@ class GreedyAllocation:
         self.remaining = self.remaining - kl
 
 
-def scores(
-    estimator: str, models: Sequence[LocalModel], weight: Tensor, solver: NaturalGradient, proposal: Proposal
-) -> Tensor:
+def scores(estimator: str, models: Models, weight: Tensor, solver: NaturalGradient, proposal: Proposal) -> Tensor:
     r"""What the agents can gain per root of KL, s, [n].
 
     ``plugin``: :math:`s = (g^T d)^2 / q` of the proposal itself. It is too large by about parameters / samples, and so
@@ -193,7 +198,7 @@ def scores(
     if estimator == "plugin":
         return proposal.score
     half = len(weight) // 2
-    first, second = ([model.gradient(weight, rows)[1] for model in models] for rows in (slice(half), slice(half, None)))
+    first, second = (gradients_of(models, weight, rows)[1] for rows in (slice(half), slice(half, None)))
     other = solver(models, second)
     found = torch.stack([g.double() @ d[: len(g)] for g, d in zip(first, other.direction, strict=True)])
     return torch.where(other.finite & found.isfinite(), found.clamp(min=0), 0)

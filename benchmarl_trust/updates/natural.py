@@ -19,7 +19,16 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from benchmarl_trust import functional as F
-from benchmarl_trust.policy import Agent, AgentPolicy, forward, kl_of, old_outputs, surrogate_of
+from benchmarl_trust.policy import (
+    Agent,
+    AgentPolicy,
+    forward,
+    kl_of,
+    kl_product_of,
+    log_ratio_of,
+    old_outputs,
+    surrogate_of,
+)
 
 
 class NaturalInfo(NamedTuple):
@@ -59,9 +68,10 @@ class LocalModel:
     r"""An agent's surrogate to first order and its KL to second, where its policy stands.
 
     The Fisher product is Gauss-Newton's, exact for a KL: :math:`F v = J^T H (J v)` with J the Jacobian of the
-    distribution's parameters and H the Hessian of the mean KL in them. The network's graph is built once: J v is the
-    derivative of Jᵀu, linear in u, along v. That takes four matrix products per layer where the double backward of
-    the KL takes six, and needs no second derivative of the network.
+    distribution's parameters and H the Hessian of the mean KL in them, which has a closed form
+    (:func:`~benchmarl_trust.policy.kl_product_of`). The network's graph is built once: J v is the derivative of Jᵀu,
+    linear in u, along v. That takes four matrix products per layer where the double backward of the KL takes six, and
+    needs no second derivative of the network.
 
     Args:
         agent (Agent): its policy.
@@ -73,31 +83,97 @@ class LocalModel:
         self.data = data
         with torch.enable_grad():
             outputs = agent.policy.forward(data["inputs"].copy())
-            moving = [i for i, output in enumerate(outputs) if output.requires_grad]  # an action mask does not
-            self._roots = tuple(outputs[i] for i in moving)
-            self._leaves = tuple(root.detach().requires_grad_() for root in self._roots)
+            self._moving = [i for i, output in enumerate(outputs) if output.requires_grad]  # an action mask does not
+            self._roots = tuple(outputs[i] for i in self._moving)
             self._duals = tuple(torch.zeros_like(root, requires_grad=True) for root in self._roots)
-            self._outputs = list(outputs)
-            for i, leaf in zip(moving, self._leaves, strict=True):
-                self._outputs[i] = leaf
-            here = tuple(output.detach() for output in self._outputs)
-            kl = kl_of(agent.policy, here, tuple(self._outputs), data)
-            self._kl_slope = _grad(kl, self._leaves, create_graph=True)
             self._pulled_back = self.policy.gradient(self._roots, self._duals, create_graph=True)
+        self._here = tuple(output.detach() for output in outputs)
+        self._kl_product = kl_product_of(agent.policy, self._here, data)
 
     def gradient(self, weight: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """J on the given rows under w(M), and its gradient [P]."""
+        leaves = tuple(root.detach().requires_grad_() for root in self._roots)
         with torch.enable_grad():
-            outputs = tuple(output[rows] for output in self._outputs)
-            objective = objective_of(self.policy, outputs, self.data[rows], weight[rows])
-            slope = _grad(objective, self._leaves)
+            outputs = tuple(output[rows] for output in self._placed(self._here, leaves))
+            objective = self._objective(outputs, self.data[rows], weight[rows])
+            slope = _grad(objective.sum(), leaves)
         return objective.detach(), self.policy.gradient(self._roots, slope, retain_graph=True)
 
     def fisher_product(self, vector: Tensor) -> Tensor:
         """F v, [P]."""
         pushed = _grad(self._pulled_back, self._duals, vector, retain_graph=True)
-        curved = _grad(self._kl_slope, self._leaves, pushed, retain_graph=True)
-        return self.policy.gradient(self._roots, curved, retain_graph=True)
+        curved = self._kl_product(self._placed([None] * len(self._here), pushed))
+        return self.policy.gradient(self._roots, tuple(curved[i] for i in self._moving), retain_graph=True)
+
+    def _objective(self, outputs: tuple[Tensor, ...], data: TensorDict, weight: Tensor) -> Tensor:
+        return objective_of(self.policy, outputs, data, weight)
+
+    def _placed(self, among: Sequence[Tensor | None], values: Sequence[Tensor]) -> list[Tensor | None]:
+        """Values for those of the distribution's parameters that move, among those for all."""
+        placed = list(among)
+        for i, value in zip(self._moving, values, strict=True):
+            placed[i] = value
+        return placed
+
+
+class StackedModel(LocalModel):
+    """The local models of all agents of a group at once, of a policy that is stacked by agent.
+
+    J is [n], vectors are [n, P], a row for each agent that has not been taken out. Those that have are computed all the
+    same: for a GPU it is the number of operations that counts.
+
+    Args:
+        agents (sequence of Agent): all of the group, in its order.
+    """
+
+    def __init__(self, agents: Sequence[Agent]):
+        stack = agents[0].policy.stack
+        data = stack.columns(agents)
+        super().__init__(Agent(stack, None, data), data)
+        self._in = list(range(len(agents)))
+        self._size = len(agents)
+
+    def __len__(self) -> int:
+        return len(self._in)
+
+    def pop(self, place: int) -> None:
+        """Take one out."""
+        self._in.pop(place)
+
+    def gradient(self, weight: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """J on the given rows under w(M), [n], and its gradients [n, P]."""
+        objective, gradient = super().gradient(weight, rows)
+        return self._taken(objective), self._taken(gradient)
+
+    def fisher_product(self, vector: Tensor) -> Tensor:
+        """F v of each, [n, P]."""
+        if len(self) < self._size:
+            nothing = torch.zeros_like(vector[0])
+            own = dict(zip(self._in, vector, strict=True))
+            vector = torch.stack([own.get(i, nothing) for i in range(self._size)])
+        return self._taken(super().fisher_product(vector))
+
+    def _taken(self, values: Tensor) -> Tensor:
+        return values if len(self) == self._size else torch.stack([values[i] for i in self._in])
+
+    def _objective(self, outputs: tuple[Tensor, ...], data: TensorDict, weight: Tensor) -> Tensor:
+        x = log_ratio_of(self.policy.head, outputs, data)
+        gain = F.weighted_gain("linear", x, data["advantage"], weight.unsqueeze(-1), 1.0, None)
+        return F.mean_of_each(gain, data.get("mask", None))
+
+
+#: Local models of several agents: one by one, or all at once.
+Models = Sequence[LocalModel] | StackedModel
+
+
+def gradients_of(
+    models: Models, weight: Tensor, rows: slice = slice(None)
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """J of each model and its gradient, see :meth:`LocalModel.gradient`."""
+    if isinstance(models, StackedModel):
+        return models.gradient(weight, rows)
+    objectives, gradients = zip(*(model.gradient(weight, rows) for model in models), strict=True)
+    return objectives, gradients
 
 
 def objective_of(policy: AgentPolicy, outputs: tuple[Tensor, ...], data: TensorDict, weight: Tensor) -> Tensor:
@@ -136,9 +212,13 @@ class Proposal(NamedTuple):
         usable = self.finite & (self.curvature > 0)
         return torch.where(usable, slope.square() / self.curvature, 0)
 
-    def select(self, agents: list[int] | slice) -> "Proposal":
-        """Those of some of the agents."""
-        return Proposal(*(value[agents] for value in self))
+    def of(self, place: int) -> "Proposal":
+        """That of one of the agents, n = 1."""
+        return Proposal(*(value[place : place + 1] for value in self))
+
+    def without(self, place: int) -> "Proposal":
+        """Those of the others."""
+        return Proposal(*(torch.cat([value[:place], value[place + 1 :]]) for value in self))
 
 
 @dataclass
@@ -150,40 +230,56 @@ class NaturalGradient:
     (``benchmarks/natural_update.py --precision``). Both are small beside what ten iterations leave unsolved, but
     float64 costs next to nothing.
 
-    Products are taken agent by agent: on a CPU one stacked product for all is slower (the same script, ``--products``).
+    Products of several agents are taken one by one on a CPU, where one for all at once is slower (the same script,
+    ``--products``), and at once on a GPU, if the agents are those of a stacked policy.
     Recurrent models need no special route: TorchRL's cells are plain operations, with derivatives of all orders.
 
     Args:
         cg_iters (int): iterations of conjugate gradients.
         cg_damping (float): λ.
         cg_tolerance (float): a solve is done at ‖residual‖² < tolerance · ‖g‖².
+        stacked (bool, optional): whether to take products of several agents at once, where that can be; None: on a GPU.
     """
 
     cg_iters: int = 10
     cg_damping: float = 0.1
     cg_tolerance: float = 1e-10
+    stacked: bool | None = None
 
-    def __call__(
-        self, models: Sequence[LocalModel], gradients: Sequence[Tensor], start: Proposal | None = None
-    ) -> Proposal:
+    def stacks(self, agents: Sequence[Agent]) -> bool:
+        """Whether these agents are to be solved for with a :class:`StackedModel`."""
+        stack = agents[0].policy.stack
+        if stack is None or [(a.policy.stack, a.policy.index) for a in agents] != [
+            (stack, i) for i in range(len(agents))
+        ]:
+            return False
+        whole = len(agents) == len(stack.parameters[0])
+        return whole and (agents[0].data["advantage"].is_cuda if self.stacked is None else self.stacked)
+
+    def __call__(self, models: Models, gradients: Sequence[Tensor], start: Proposal | None = None) -> Proposal:
         """Solve for n agents.
 
         Args:
-            models (sequence of LocalModel): of the agents.
+            models (sequence of LocalModel, or StackedModel): of the agents.
             gradients (sequence of Tensor): g of each.
             start (Proposal, optional): directions for other gradients of the same models, to start from.
         """
         size = max(len(gradient) for gradient in gradients) if start is None else start.direction.shape[-1]
 
         def stacked(vectors: Sequence[Tensor]) -> Tensor:
-            return torch.stack([torch.nn.functional.pad(vector, (0, size - len(vector))) for vector in vectors])
+            padded = [v if len(v) == size else torch.nn.functional.pad(v, (0, size - len(v))) for v in vectors]
+            return padded[0].unsqueeze(0) if len(padded) == 1 else torch.stack(padded)
 
         def matvec(vectors: Tensor) -> Tensor:
-            rows = zip(models, vectors, gradients, strict=True)
-            products = [model.fisher_product(v[: len(g)].to(g.dtype)) for model, v, g in rows]
-            return stacked(products).double() + self.cg_damping * vectors
+            own = vectors.to(gradients[0].dtype)
+            if isinstance(models, StackedModel):
+                products = models.fisher_product(own)
+            else:
+                rows = zip(models, own, gradients, strict=True)
+                products = stacked([model.fisher_product(v[: len(g)]) for model, v, g in rows])
+            return torch.add(products, vectors, alpha=self.cg_damping)
 
-        g = stacked(gradients).double()
+        g = gradients.double() if isinstance(gradients, Tensor) else stacked(gradients).double()
         warm = None if start is None else (start.direction, start.product)
         solution = F.conjugate_gradient(matvec, g, self.cg_iters, self.cg_tolerance, start=warm)
         return Proposal(g, solution.x, solution.residual, solution.finite)

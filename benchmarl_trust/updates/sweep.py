@@ -134,14 +134,18 @@ def _step_or_undo(
 
     Returns: the step's info, whether it was finite, and log-ratio and outputs after it.
     """
-    before = {id(tensor): tensor.detach().clone() for tensor in _state(agent)}
+    with torch.no_grad():
+        tensors = _state(agent)
+        before = dict(zip(map(id, tensors), torch._foreach_clone(tensors), strict=True))
     info = step(agent, data, weight, place)
     outputs = forward(agent, data, chunk)
     log_ratio = log_ratio_of(agent.policy, outputs, data)
-    finite = torch.stack([value.isfinite() for value in info]).all() & log_ratio.isfinite().all()
-    for tensor in _state(agent):
-        old = before.get(id(tensor), 0)  # a moment that was made in this step was zero before it
-        tensor.data.copy_(torch.where(finite.to(tensor.device), tensor, old))
+    finite = torch.stack(list(info)).isfinite().all() & log_ratio.isfinite().all()
+    with torch.no_grad():
+        for tensor in _state(agent):
+            # a moment that was made in this step was zero before it
+            old = before[id(tensor)] if id(tensor) in before else torch.zeros_like(tensor)
+            torch.where(finite.to(tensor.device), tensor, old, out=tensor)
     outputs = tuple(torch.where(finite, new, old) for new, old in zip(outputs, old_outputs(data), strict=True))
     return info, finite, torch.where(finite, log_ratio, 0), outputs
 

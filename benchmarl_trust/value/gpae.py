@@ -365,8 +365,10 @@ def _layout(done: Tensor) -> _Layout:
     index = torch.arange(length, device=done.device).expand(batch, length)
     row = torch.arange(batch, device=done.device).unsqueeze(-1)
     slot = index + ends.cumsum(1) - ends.long()
-    width = length + int(ends.sum(1).max())  # this and nonzero synchronise with the host, once per iteration
+    count = ends.sum(1)
+    most, total = torch.stack([count.max(), count.sum()]).tolist()  # the one wait for a GPU, once per iteration
+    width = length + most
     step = torch.full((batch, width), length - 1, device=done.device).scatter(1, slot, index)
-    end_row, end_step = ends.nonzero(as_tuple=True)
+    end_row, end_step = torch.nonzero_static(ends, size=total).unbind(1)
     after_end = torch.cat([torch.zeros_like(done[:, :1]), done[:, :-1]], 1)
     return _Layout(step, slot, row, end_row, end_step, slot[end_row, end_step] + 1, after_end)

@@ -181,3 +181,18 @@ def test_unknown_surrogate():
 def test_log_ratio_refuses_what_would_broadcast():
     with pytest.raises(ValueError, match="Shapes differ"):
         log_ratio(torch.zeros(3), torch.zeros(3, 1))
+
+
+@pytest.mark.parametrize("advantage", [-1.5, 0.0, 2.0])
+@pytest.mark.parametrize("epsilon", [0.2, (0.1, 0.3)], ids=["one radius", "two radii"])
+@pytest.mark.parametrize("name", ALL)
+def test_slopes_are_those_of_the_values(name, epsilon, advantage):
+    def gain(x):
+        return SURROGATES[name].gain(x, torch.full_like(x, advantage), epsilon)
+
+    x = torch.linspace(-14, 14, 98, dtype=torch.float64)  # none at a kink
+    slope = force(name, x, advantage, epsilon)
+    difference = (gain(x + 1e-6) - gain(x - 1e-6)) / 2e-6
+    torch.testing.assert_close(slope, difference, rtol=1e-6, atol=1e-6)
+    assert torch.equal(torch.func.grad(lambda x: gain(x).sum())(x), slope)
+    assert torch.equal(torch.func.vmap(torch.func.grad(gain))(x), slope)

@@ -119,6 +119,17 @@ def test_forward_is_actor_loss_and_critic_loss(surrogate):
         torch.testing.assert_close(both[key], parts[key])
 
 
+@pytest.mark.parametrize("coefficient", [0.0, 0.01])
+def test_an_entropy_without_a_coefficient_is_logged_and_has_no_gradient(coefficient):
+    actor, critic = networks("categorical")
+    batch = batch_for(actor)
+    out = surrogate_loss(actor, critic, entropy_coeff=coefficient)(batch)
+    assert out["loss_entropy"].requires_grad == (coefficient > 0)
+    torch.testing.assert_close(out["loss_entropy"].detach(), -coefficient * out["entropy"])
+    expected = actor.get_dist(batch.select("observation")).entropy().mean()
+    torch.testing.assert_close(out["entropy"], expected)
+
+
 def test_without_a_critic_only_the_policy_is_trained():
     actor, _ = networks("categorical")
     loss = surrogate_loss(actor, None, critic_coeff=None)

@@ -3,14 +3,16 @@
 import errno
 import json
 
+import numpy as np
 import pytest
 import torch
 from benchmarl.algorithms import EnsembleAlgorithmConfig, MappoConfig
 from benchmarl.environments import VmasTask
-from benchmarl.experiment import Experiment
+from benchmarl.experiment import Callback, Experiment
 from benchmarl.models import MlpConfig
 from cases import configured
 from conftest import scalars
+from torchrl.envs import TransformedEnv
 
 from benchmarl_trust import ClipHappoConfig, GpaeConfig, HappoConfig, HatrpoConfig, MarsConfig, MaspoConfig
 
@@ -123,9 +125,14 @@ def test_a_warm_start_in_a_folder_of_its_own(trained, make_experiment, tmp_path)
         assert torch.equal(parameter, torch.load(file)["loss_agents"][name])
     other.run()
     assert list(report_of(other)) == ["absolute_metrics", "step_3", "step_4"]
-    with pytest.raises(ValueError, match=r"of another algorithm.*\['loss_critic'\]"):
-        make_experiment(HatrpoConfig.get_from_yaml(), **own)
     assert content(experiment.folder_name) == before
+    once = content(other.folder_name)
+    with pytest.raises(ValueError, match=r"experiment\.save_folder=.*there is a run already.*restore its own"):
+        make_experiment(ClipHappoConfig.get_from_yaml(), **own, seed=1)
+    assert content(other.folder_name) == once
+    (tmp_path / "another").mkdir()
+    with pytest.raises(ValueError, match=r"of another algorithm.*\['loss_critic'\]"):
+        make_experiment(HatrpoConfig.get_from_yaml(), **{**own, "save_folder": str(tmp_path / "another")})
 
 
 def test_a_checkpoint_of_a_stock_algorithm_is_known_by_its_report(trained, make_experiment, tmp_path):
@@ -155,11 +162,19 @@ def test_an_ensemble_is_known_by_its_algorithms(trained, make_experiment):
     assert make_experiment(same, task=task, restore_file=str(file)).n_iters_performed == 2
 
 
+def flip(file, place):
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
 BROKEN = {
     "truncated": lambda file: file.write_bytes(file.read_bytes()[:2000]),
     "empty": lambda file: file.write_bytes(b""),
     "text": lambda file: file.write_text("not a checkpoint"),
-    "a bit": lambda file: file.write_bytes(file.read_bytes()[:-1000]),
+    "its end": lambda file: file.write_bytes(file.read_bytes()[:-1000]),
+    "a bit": lambda file: flip(file, len(file.read_bytes()) // 2),
+    "its beginning": lambda file: flip(file, 70),
     "of something else": lambda file: torch.save({"weights": torch.zeros(2)}, file),
     "missing": lambda file: file.unlink(),
 }
@@ -193,11 +208,51 @@ def test_tensors_of_a_gpu_need_one(trained, make_experiment, monkeypatch):
     experiment, file = trained(MarsConfig.get_from_yaml())
     monkeypatch.undo()
     before = content(experiment.folder_name)
-    with pytest.raises(ValueError, match=r"on cuda:0 and there is no GPU.* experiment\.restore_map_location=cpu"):
+    with pytest.raises(ValueError, match=r"on cuda:0, which is not there.* experiment\.restore_map_location=cpu"):
         make_experiment(MarsConfig.get_from_yaml(), restore_file=str(file))
+    for elsewhere in ("cuda", "cuda:7", "somewhere"):
+        with pytest.raises(ValueError, match=rf"experiment\.restore_map_location={elsewhere}"):
+            make_experiment(MarsConfig.get_from_yaml(), restore_file=str(file), restore_map_location=elsewhere)
     assert content(experiment.folder_name) == before
     again = make_experiment(MarsConfig.get_from_yaml(), restore_file=str(file), restore_map_location="cpu")
     assert again.n_iters_performed == 2
+
+
+def test_another_size_of_the_batch_is_refused(trained, make_experiment):
+    experiment, file = trained(MarsConfig.get_from_yaml())
+    before = content(experiment.folder_name)
+    for frames in (20, 80):
+        settings = {"on_policy_collected_frames_per_batch": frames, "evaluation_interval": frames}
+        with pytest.raises(ValueError, match=rf"frames_per_batch={frames}: .* saved with 40.* Resume with 40"):
+            make_experiment(MarsConfig.get_from_yaml(), restore_file=str(file), checkpoint_interval=0, **settings)
+    assert content(experiment.folder_name) == before
+
+
+def test_a_path_that_is_not_there(make_experiment):
+    with pytest.raises(ValueError, match=r"experiment\.restore_file=no/such/file\.pt: there is no folder no/such\.$"):
+        make_experiment(MarsConfig.get_from_yaml(), restore_file="no/such/file.pt")
+
+
+def test_a_collectors_state_that_is_not_there(trained, make_experiment):
+    experiment, file = trained(MarsConfig.get_from_yaml(), collect_with_grad=True)
+    before = content(experiment.folder_name)
+    with pytest.raises(ValueError, match=r"experiment\.collect_with_grad=True"):
+        make_experiment(MarsConfig.get_from_yaml(), restore_file=str(file), collect_with_grad=False)
+    assert content(experiment.folder_name) == before
+
+
+def test_the_environment_of_a_refused_restore_is_closed(trained, make_experiment, monkeypatch):
+    _, file = trained(HappoConfig.get_from_yaml())
+    closed, close = [], TransformedEnv.close
+    monkeypatch.setattr(TransformedEnv, "close", lambda env, *args, **kw: closed.append(env) or close(env, *args, **kw))
+    with pytest.raises(ValueError, match=r"algorithm\.order"):
+        make_experiment(configured(HappoConfig, order=[0, 1]), restore_file=str(file))
+    assert len(closed) == 1
+
+
+def test_a_rate_of_numpys_can_be_read_back(trained, make_experiment):
+    _, file = trained(MarsConfig.get_from_yaml(), lr=np.float64(1e-3))
+    assert make_experiment(MarsConfig.get_from_yaml(), restore_file=str(file)).n_iters_performed == 2
 
 
 def test_a_full_disk_loses_nothing(make_experiment, monkeypatch):
@@ -238,6 +293,38 @@ def test_resumed_from_an_older_checkpoint_nothing_is_there_twice(config, trained
     assert list(report) == ["absolute_metrics", *steps]
     assert report["absolute_metrics"]["return"] == [max(max(report[step]["return"]) for step in steps)]
     assert [report[step]["step_count"] for step in steps] == [40, 80, 120, 160, 200, 240]
+
+
+class Notes(Callback):
+    """Logs by steps of its own: frames, and halves."""
+
+    def on_batch_collected(self, batch):
+        log = self.experiment.logger.loggers[0].log_scalar
+        log("by_frames", 1.0, step=self.experiment.total_frames)
+        log("halves", 1.0, step=self.experiment.n_iters_performed + 0.5)
+        log("in/a/folder", 1.0, step=self.experiment.n_iters_performed)
+        if self.experiment.n_iters_performed > 2:
+            log("late", 1.0, step=0)
+
+
+def test_rows_of_a_user_are_neither_lost_nor_there_twice(trained, make_experiment):
+    experiment, file = trained(MarsConfig.get_from_yaml(), callbacks=[Notes()], max_n_iters=4)
+    make_experiment(MarsConfig.get_from_yaml(), callbacks=[Notes()], restore_file=str(file), max_n_iters=5).run()
+    folder = experiment.folder_name / experiment.name / "scalars"
+    rows = {
+        name: [float(row.split(",")[0]) for row in (folder / f"{name}.csv").read_text().splitlines()]
+        for name in ("by_frames", "halves", "in/a/folder", "late")
+    }
+    assert rows["by_frames"] == [40, 80, 120, 160, 200]
+    assert rows["halves"] == [0.5, 1.5, 2.5, 3.5, 4.5]
+    assert rows["in/a/folder"] == [0, 1, 2, 3, 4]
+    assert rows["late"] == [0, 0]  # one for each of two iterations
+
+
+def test_a_run_that_was_made_longer_says_that_it_is_longer(trained, make_experiment):
+    _, file = trained(MarsConfig.get_from_yaml())
+    with pytest.warns(UserWarning, match="has 80 frames and this run is to have 40 .* nothing left to train"):
+        make_experiment(MarsConfig.get_from_yaml(), restore_file=str(file), max_n_iters=1)
 
 
 def test_evaluating_an_older_checkpoint_takes_nothing_from_the_run(trained, make_experiment):

@@ -182,6 +182,10 @@ def test_kept_batches_of_another_shape_are_refused(excluded, shape, make_experim
         resumed = make_experiment(gpae(), **again)
         assert len(resumed.replay_buffers["agents"]) == (0 if excluded else 8 if model else 80)
         again |= of_shape(shape)
+        if excluded and shape[1] < 40:
+            with pytest.raises(ValueError, match=r"on_policy_collected_frames_per_batch=20: .* saved with 40"):
+                make_experiment(gpae(), **{**again, "max_n_iters": 9})
+            continue
         if excluded:
             resumed = make_experiment(gpae(), **{**again, "max_n_iters": 9})
             train(resumed, next(iter(resumed.collector)))

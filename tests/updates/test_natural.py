@@ -22,7 +22,7 @@ from benchmarl_trust.updates import (
     sweep,
 )
 from benchmarl_trust.updates import allocation as allocation_module
-from benchmarl_trust.updates.natural import LocalModel
+from benchmarl_trust.updates.natural import LocalModel, StackedModel, gradients_of
 
 DAMPING, DELTA = 0.1, 0.01
 EXACT = NaturalGradient(cg_iters=60, cg_damping=DAMPING, cg_tolerance=1e-26)
@@ -223,12 +223,13 @@ def unchanged(problem, before):
     return all(torch.equal(p, q) for p, q in zip(problem.policy.parameters(), before, strict=True))
 
 
-def make_allocation(agents, kind):
+def make_allocation(agents, kind, stacked=None):
     """The uniform one; kkt and greedy; both with split scores."""
+    solver = NaturalGradient(stacked=stacked)
     if kind == 0:
-        return UniformAllocation(agents, N * DELTA, NaturalGradient(), [0, 1, 2])
+        return UniformAllocation(agents, N * DELTA, solver, [0, 1, 2])
     make, order = (KktAllocation, [0, 1, 2]) if kind % 2 else (GreedyAllocation, None)
-    return make(agents, 3 * DELTA, 0.001, 1.0, NaturalGradient(), order, "plugin" if kind < 3 else "split")
+    return make(agents, 3 * DELTA, 0.001, 1.0, solver, order, "plugin" if kind < 3 else "split")
 
 
 def moved(agents, allocation, factor="full", **search):
@@ -414,6 +415,54 @@ def test_a_warm_start_solves_the_new_system():
         warm, fresh = (allocation.next(weight, kkt.order[:k]).proposal for allocation in (kkt, fresh_solves))
         torch.testing.assert_close(warm.gradient, fresh.gradient)
         assert warm.residual.norm() < 0.1 * warm.gradient.norm()
+
+
+@pytest.mark.parametrize(
+    ("twin", "absent"), [(True, False), (False, True)], ids=["twin-all present", "whole-some absent"]
+)
+@pytest.mark.parametrize(("model", "distribution"), [case for case in CASES if case[0] != "gnn"])
+def test_all_agents_at_once_are_the_agents_one_by_one(model, distribution, twin, absent):
+    agents = remembered(make_problem(model, distribution, twin=twin, rows=8), absent)
+    assert NaturalGradient(stacked=True).stacks(agents)
+    assert not NaturalGradient().stacks(agents)  # on a CPU
+    weight = torch.rand(agents[0].data.shape, dtype=torch.float64) + 0.5
+    stack, single = StackedModel(agents), [LocalModel(agent, agent.data) for agent in agents]
+    for present in (N, N - 1):
+        for rows in (slice(None), slice(4)):
+            for got, expected in zip(
+                gradients_of(stack, weight, rows), gradients_of(single, weight, rows), strict=True
+            ):
+                torch.testing.assert_close(got, torch.stack(expected), rtol=1e-10, atol=1e-12)
+        vectors = torch.randn_like(got)
+        products = torch.stack([one.fisher_product(v) for one, v in zip(single, vectors, strict=True)])
+        assert products.abs().amax(1).min() > 1e-3
+        torch.testing.assert_close(stack.fisher_product(vectors), products, rtol=1e-10, atol=1e-12)
+        assert len(stack) == len(single) == present
+        for models in (stack, single):
+            models.pop(1)
+
+
+@pytest.mark.parametrize("kind", [1, 2, 3, 4], ids=["kkt", "greedy", "kkt split", "greedy split"])
+@pytest.mark.parametrize("distribution", ["tanh", "masked"])
+def test_a_sweep_that_solves_for_all_at_once_moves_the_agents_alike(distribution, kind):
+    after = []
+    for stacked in (False, True):
+        problem = make_problem(distribution=distribution, rows=32)
+        allocation = make_allocation(remembered(problem), kind, stacked)
+        infos = moved(allocation.agents, allocation)
+        after.append(([info.agent for info in infos], [p.detach() for p in problem.policy.parameters()]))
+    assert after[0][0] == after[1][0]
+    for one_by_one, at_once in zip(after[0][1], after[1][1], strict=True):
+        torch.testing.assert_close(at_once, one_by_one, rtol=1e-7, atol=1e-9)  # a solve amplifies rounding
+
+
+def test_what_is_not_stacked_by_agent_is_solved_for_one_by_one():
+    solver = NaturalGradient(stacked=True)
+    assert not solver.stacks(remembered(make_problem("gnn", "normal")))
+    assert not solver.stacks(remembered(make_problem(shared=True)))
+    agents = remembered(make_problem())
+    assert not solver.stacks(agents[:2])
+    assert not solver.stacks([*agents, *remembered(make_problem())])  # a team of two groups
 
 
 def gaussian_team(c, sigma, dtype=torch.float64):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import waits_are_errors
 from problems import MODELS, RECURRENT, N, make_agents, make_problem
 
 from benchmarl_trust.policy import GroupPolicy, remember_old_policy
@@ -218,11 +219,8 @@ def test_no_step_waits_for_the_gpu(distribution, twin, entropy_coef):
     one = GradientStep("clip", EPSILON, entropy_coef=entropy_coef, max_grad_norm=NORM)
     step = MinibatchEpochs(one, 2, 8, torch.Generator("cuda"))
     sweep(agents, [0, 1, 2], step, factor="capped")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         infos = sweep(agents, [2, 0, 1], step, factor="capped")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert all(info.finite for info in infos)
 
 
