@@ -9,6 +9,8 @@ from cases import Case, configured
 from conftest import scalars
 from environments import CrewTask, StandInTask
 from problems import RNN
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 
 from benchmarl_trust import HappoConfig, MarsConfig
 from benchmarl_trust.functional import Moments, mean_and_std
@@ -203,6 +205,20 @@ def test_no_optimizer_has_the_statistics(make_experiment):
     for case in (Case("mars", RUNNING), Case("happo", RUNNING), Case("hatrpo", RUNNING)):
         for optimizer in make_experiment(case.config()).optimizers["agents"].values():
             assert all(p.requires_grad for group in optimizer.param_groups for p in group["params"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(), (3, 1)])
+def test_the_statistics_wait_for_nothing(shape, recorder):
+    network = TensorDictModule(torch.nn.Linear(4, 1, device="cuda"), ["observation"], ["state_value"])
+    critic = NormalizedCritic(network, "state_value", "normalized_value", shape, "cuda")
+    batch = TensorDict(observation=torch.randn(5, 3, 4, device="cuda"), batch_size=(5, 3))
+    mask = torch.ones(5, 3, dtype=torch.bool, device="cuda")
+    with recorder.recording():
+        critic.update(critic(batch)["state_value"], mask)
+        critic.normalize(batch["state_value"])
+    assert recorder.launches.total() > 0
+    assert not recorder.waits
 
 
 @pytest.mark.gpu
