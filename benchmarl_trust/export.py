@@ -200,7 +200,7 @@ def _policies(experiment: Experiment, group: str, agent: int | None) -> Iterator
         module = OneAgent(view.agents[i].body, view.head, entries, i).eval()
         program = _traced(module, [x[:, i] for x in inputs], policy)
         for j in range(len(names)) if together else [i]:
-            _compare(program, [x[:, j] for x in inputs], [y[:, j] for y in expected], policy)
+            _compare(program, [x[:, j] for x in inputs], [y[:, j] for y in expected], policy, bounds[j])
         served = names if together else [names[i]]
         outputs = [x[:, i] for x in expected]
         description = _description(experiment, group, served, entries, outputs, bounds[i], view.head)
@@ -300,10 +300,14 @@ def _traced(module: OneAgent, inputs: list[Tensor], policy: nn.Module) -> Export
 
 
 @torch.no_grad()
-def _compare(program: ExportedProgram, inputs: list[Tensor], expected: list[Tensor], policy: nn.Module) -> None:
-    """Refuse what does not act as the experiment's policy does."""
+def _compare(
+    program: ExportedProgram, inputs: list[Tensor], expected: list[Tensor], policy: nn.Module, bounds: dict
+) -> None:
+    """Refuse what does not act as the experiment's policy does, to rounding in the range of its actions."""
+    ends = [abs(end) for side in ("low", "high") for end in bounds.get(side, []) if end is not None]
+    tolerance = 1e-5 * max(1, *ends)
     for got, wanted in zip(program.module()(*inputs), expected, strict=True):
-        if not torch.allclose(got, wanted, rtol=1e-5, atol=1e-5):
+        if not torch.allclose(got, wanted, rtol=1e-5, atol=tolerance):
             raise ValueError(
                 f"The exported policy ({_layers(policy)}) acts otherwise than the experiment's: a layer has buffers or "
                 "random numbers. Train without such a layer."

@@ -32,8 +32,7 @@ from benchmarl_trust.algorithms.metrics import each_and_mean, to_host
 from benchmarl_trust.algorithms.schedules import SCHEDULES, Schedule, set_lr
 from benchmarl_trust.losses import SurrogateLoss
 from benchmarl_trust.paths import conf_folder
-from benchmarl_trust.runtime import FiniteGuard, LatestCheckpoint, ResumeState, check_video
-from benchmarl_trust.updates import fused
+from benchmarl_trust.runtime import FiniteGuard, LatestCheckpoint, ResumeState, check_video, fused
 from benchmarl_trust.value import NormalizedCritic
 
 #: What the critic regresses on: returns as they are, or in units of their running statistics.

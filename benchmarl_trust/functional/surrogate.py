@@ -12,11 +12,11 @@ broadcasts against ``advantage``.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from benchmarl_trust.functional.checks import check_same_shape
 from benchmarl_trust.functional.ratio import masked_mean
@@ -374,12 +374,30 @@ class _WithSlope(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[2])
+        ctx.save_for_backward(inputs[0], inputs[2])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient * ctx.saved_tensors[0], None, None
+        x, slope = ctx.saved_tensors
+        return _Once.apply(gradient * slope, x), None, None
+
+
+class _Once(torch.autograd.Function):
+    """The gradient of a gain, which does not know how it depends on ``x``: a second derivative would be wrong."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient: Tensor, x: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> NoReturn:
+        raise RuntimeError("A gain can be differentiated once: its second derivative is not computed.")
 
 
 def _log1p(x: float | Tensor) -> float | Tensor:

@@ -1,5 +1,6 @@
 """What serves any experiment of BenchMARL: a guard against what is not finite, and checkpoints to go on from."""
 
+from benchmarl_trust.runtime.adam import fused
 from benchmarl_trust.runtime.before import check_video, look_before_setup
 from benchmarl_trust.runtime.guard import PATIENCE, FiniteGuard, last_checkpoint, own_callback
 from benchmarl_trust.runtime.resume import LatestCheckpoint, ResumeState
@@ -10,6 +11,7 @@ __all__ = [
     "LatestCheckpoint",
     "ResumeState",
     "check_video",
+    "fused",
     "last_checkpoint",
     "look_before_setup",
     "own_callback",

@@ -12,6 +12,8 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
+from benchmarl_trust.runtime.adam import fused
+
 CallbackType = TypeVar("CallbackType", bound=Callback)
 
 #: So many iterations in a row with a dropped step end the run.
@@ -60,7 +62,7 @@ class FiniteGuard(Callback):
         self.checks: list[Callable[[TensorDictBase], None]] = []
         self._skipped_on_device: dict[str, Tensor] = {}
         self._streak: Counter = Counter()
-        self._norms: defaultdict[torch.optim.Optimizer, list[Tensor]] = defaultdict(list)
+        self._norms: dict[torch.optim.Optimizer, list[Tensor]] = {}
 
     @classmethod
     def of(cls, experiment: Experiment) -> "FiniteGuard":
@@ -79,12 +81,15 @@ class FiniteGuard(Callback):
                 if name in self.policy_phase[group]:
                     continue
                 parameters = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
-                _fuse_on_gpu(optimizer)
+                fused(optimizer, on_gpu_alone=True)
                 limit = min((_norm_limit(p.dtype) for p in parameters), default=math.inf)
                 optimizer.register_step_pre_hook(partial(self._drop_nonfinite_gradient, group, limit))
                 # Clipping comes before the step: by value it would make an infinity finite, by norm all of it zero.
+                # These hooks hold the list alone: Python's garbage collector cannot see through them, and with the
+                # guard or the optimizer in them no experiment would ever be freed, nor its files and memory.
+                norms = self._norms[optimizer] = []
                 for parameter in parameters:
-                    parameter.register_post_accumulate_grad_hook(partial(self._take_norm, optimizer))
+                    parameter.register_post_accumulate_grad_hook(partial(_take_norm, norms))
 
     def on_batch_collected(self, batch: TensorDictBase) -> None:
         """Raise if the batch is not finite, or if a check that an algorithm has added fails."""
@@ -141,17 +146,13 @@ class FiniteGuard(Callback):
         """Count on from there; a checkpoint without our entry counts from zero."""
         self._streak = Counter(state_dict.get(KEY, {}).get("streak", {}))
 
-    def _take_norm(self, optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> None:
-        """Keep the norm of a gradient as autograd has left it, half types' in float32."""
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
-        self._norms[optimizer].append(torch.linalg.vector_norm(parameter.grad, dtype=dtype))
-
     def _drop_nonfinite_gradient(self, group: str, limit: float, optimizer, args, kwargs) -> None:
         parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-        norms = self._norms.pop(optimizer, None)
+        norms = list(self._norms[optimizer])
+        self._norms[optimizer].clear()
         if not parameters:
             return
-        if norms is None:  # a gradient that was set by hand, or of parameters that were frozen when hooks were set
+        if not norms:  # a gradient that was set by hand, or of parameters that were frozen when hooks were set
             norms = [torch.nn.utils.get_total_norm([p.grad for p in parameters])]
         norm = torch.linalg.vector_norm(torch.stack(norms).double())
         if norm.is_cuda and all(g.get("fused") for g in optimizer.param_groups):
@@ -170,15 +171,10 @@ class FiniteGuard(Callback):
             self._skipped_on_device.clear()
 
 
-def _fuse_on_gpu(optimizer: torch.optim.Optimizer) -> None:
-    """Make an Adam on a GPU fused, unless its user chose an implementation or it has stepped before."""
-    if not isinstance(optimizer, torch.optim.Adam) or optimizer.state:
-        return
-    for group in optimizer.param_groups:
-        chosen = group["foreach"] is not None or group["fused"] is not None
-        chosen = chosen or group["capturable"] or group["differentiable"]
-        if not chosen and all(p.is_cuda and p.is_floating_point() for p in group["params"]):
-            group["fused"] = True
+def _take_norm(norms: list[Tensor], parameter: torch.nn.Parameter) -> None:
+    """Keep the norm of a gradient as autograd has left it, half types' in float32."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    norms.append(torch.linalg.vector_norm(parameter.grad, dtype=dtype))
 
 
 def own_callback(experiment: Experiment, kind: type[CallbackType]) -> CallbackType:

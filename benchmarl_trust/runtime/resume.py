@@ -15,6 +15,7 @@ from benchmarl.experiment import Callback, Experiment
 from tensordict import TensorDictBase
 from torchrl.record import CSVLogger
 
+from benchmarl_trust.runtime.adam import is_chosen
 from benchmarl_trust.runtime.guard import own_callback
 from benchmarl_trust.runtime.record import IDENTITY, differences, record_of
 
@@ -299,12 +300,11 @@ def _load(optimizer: torch.optim.Optimizer, saved: dict[str, Any], with_lr: bool
     Adam's ``step`` is left by torch wherever the file was mapped to, unless it belongs with the parameters (``fused``,
     ``capturable``). A new Adam has it on the CPU; on a GPU every optimizer step would wait for it twice per tensor.
     """
-    restored = ("fused", "lr") if with_lr else ("fused",)
     current = optimizer.state_dict()["param_groups"]
-    groups = [
-        {**new, **{key: old[key] for key in restored if old.get(key) is not None}}
-        for new, old in zip(current, saved["param_groups"], strict=True)
-    ]
+    groups = []
+    for new, old in zip(current, saved["param_groups"], strict=True):
+        restored = [*(["lr"] if with_lr else []), *([] if is_chosen(new) else ["fused"])]
+        groups.append({**new, **{key: old[key] for key in restored if old.get(key) is not None}})
     state = {
         i: {
             key: value.cpu() if key == "step" and isinstance(value, torch.Tensor) else value

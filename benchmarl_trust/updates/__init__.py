@@ -6,7 +6,6 @@ from benchmarl_trust.updates.gradient import (
     GradientStep,
     MinibatchEpochs,
     exceeds_kl,
-    fused,
     shuffles,
     with_epochs,
 )
@@ -32,7 +31,6 @@ __all__ = [
     "UniformAllocation",
     "advantage_score",
     "exceeds_kl",
-    "fused",
     "semi_greedy",
     "shuffles",
     "sweep",

@@ -175,17 +175,3 @@ def shuffles(rows: int, epochs: int, generator: torch.Generator, per_epoch: int 
             left = torch.randperm(rows, generator=generator, device=generator.device)
         yield left[:per_epoch]
         left = left[per_epoch:]
-
-
-def fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The same Adam with PyTorch's fused step, unless its user chose an implementation or it has stepped before.
-
-    BenchMARL leaves the choice to PyTorch, which on a CPU loops over the parameters one operation at a time. On a GPU
-    the fused step keeps its counter there; another choice keeps it on the host, at one synchronisation per turn.
-    """
-    for group in optimizer.param_groups:
-        chosen = group["foreach"] is not None or group["fused"] is not None
-        chosen = chosen or group["capturable"] or group["differentiable"]
-        if not optimizer.state and not chosen and all(p.is_floating_point() for p in group["params"]):
-            group["fused"] = True
-    return optimizer

@@ -196,3 +196,14 @@ def test_slopes_are_those_of_the_values(name, epsilon, advantage):
     torch.testing.assert_close(slope, difference, rtol=1e-6, atol=1e-6)
     assert torch.equal(torch.func.grad(lambda x: gain(x).sum())(x), slope)
     assert torch.equal(torch.func.vmap(torch.func.grad(gain))(x), slope)
+
+
+@pytest.mark.parametrize("name", [name for name in SURROGATES if name != "log"])  # log's operations are autograd's
+def test_a_second_derivative_is_refused_and_not_wrong(name):
+    """A gradient penalty, say: what the gain would leave out of it is silent otherwise."""
+    theta = torch.tensor([0.2, -0.1], dtype=torch.float64, requires_grad=True)
+    x = torch.tensor([[0.3, -0.2], [0.1, 0.4]], dtype=torch.float64) @ theta.tanh()
+    gain = SURROGATES[name].gain(x, torch.tensor([1.0, -2.0], dtype=torch.float64), 0.2)
+    (slope,) = torch.autograd.grad(gain.sum(), theta, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        slope.square().sum().backward()

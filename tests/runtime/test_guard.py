@@ -1,8 +1,10 @@
 """What is not finite: data is refused before any group trains, a bad step changes nothing."""
 
 import copy
+import gc
 import json
 import math
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -494,3 +496,13 @@ def test_a_sum_of_rewards_may_keep_the_nan_of_an_agent_that_was_absent(make_expe
     batch["next", "agents", "reward"][0, 3, 1] = math.nan
     with pytest.raises(ValueError, match="reward"):
         experiment.algorithm.guard.on_batch_collected(batch)
+
+
+@pytest.mark.parametrize("config", [MarsConfig, HappoConfig], ids=["mars", "happo"])
+def test_an_experiment_is_freed(config, run):
+    """Its files and memory go with it: a hook of ours on a parameter must not hold it."""
+    experiment = run(config.get_from_yaml())
+    gone = weakref.ref(experiment)
+    del experiment
+    gc.collect()
+    assert gone() is None

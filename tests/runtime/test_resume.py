@@ -312,3 +312,18 @@ def test_slices_stay_slices_after_loading(make_experiment, tmp_path):
             assert torch.equal(leaf, stacked[i])
         leaf.data += 1
         assert not torch.equal(list(other.policy.parameters())[-1][i], stacked[i])
+
+
+@pytest.mark.parametrize("chosen", [{"fused": False}, {"foreach": True}, {"differentiable": True}])
+def test_the_users_choice_of_an_implementation_holds(chosen, make_experiment):
+    one = make_experiment(MarsConfig.get_from_yaml())
+    batch = next(iter(one.collector))
+    train(one, batch.clone())
+    assert one.optimizers["agents"]["loss_critic"].param_groups[0]["fused"] is True
+    again = make_experiment(MarsConfig.get_from_yaml(), adam_extra_kwargs=chosen)
+    again.load_state_dict(one.state_dict())
+    for optimizer in again.optimizers["agents"].values():
+        assert not optimizer.param_groups[0]["fused"]
+        assert {key: optimizer.param_groups[0][key] for key in chosen} == chosen
+    if "differentiable" not in chosen:  # which needs parameters that are no leaves
+        train(again, batch)

@@ -9,7 +9,8 @@ from problems import MODELS, RECURRENT, N, make_agents, make_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarl_trust.policy import GroupPolicy, forward, remember_old_policy
-from benchmarl_trust.updates import GradientStep, MinibatchEpochs, exceeds_kl, fused, shuffles, sweep
+from benchmarl_trust.runtime import fused
+from benchmarl_trust.updates import GradientStep, MinibatchEpochs, exceeds_kl, shuffles, sweep
 
 CASES = [
     ("mlp", "tanh"),
