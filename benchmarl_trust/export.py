@@ -305,7 +305,7 @@ def _compare(
 ) -> None:
     """Refuse what does not act as the experiment's policy does, to rounding in the range of its actions."""
     ends = [abs(end) for side in ("low", "high") for end in bounds.get(side, []) if end is not None]
-    tolerance = 1e-5 * max(1, *ends)
+    tolerance = 1e-5 * max([1, *ends])
     for got, wanted in zip(program.module()(*inputs), expected, strict=True):
         if not torch.allclose(got, wanted, rtol=1e-5, atol=tolerance):
             raise ValueError(
