@@ -52,7 +52,6 @@ PLANTS = [
     ("differential", "environments/trust_games.py", "dtype=torch.float32, device=device)", "dtype=torch.float32)"),
     ("differential", "environments/trust_games.py", "flag.clone()).to(device)", "flag.clone(), device=device)"),
     ("gpae, sampled on the GPU", "algorithms/estimators.py", '[group].clone().to("cpu")', "[group].clone()"),
-    ("mars", "losses/surrogate.py", "ones_like(log_ratio, dtype", "ones(log_ratio.shape, dtype"),
     ("mars", "functional/advantage.py", "torch.ones_like(advantage, dtype", "torch.ones(advantage.shape, dtype"),
     (
         "hatrpog",
