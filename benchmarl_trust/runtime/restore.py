@@ -6,7 +6,7 @@ import json
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from benchmarl.environments import Task, TaskClass
@@ -16,8 +16,11 @@ from benchmarl.experiment.callback import CallbackNotifier
 from benchmarl_trust.runtime.record import IDENTITY, differences, identity_of, record_of
 from benchmarl_trust.runtime.resume import KEY, ResumeState
 
+if TYPE_CHECKING:
+    from benchmarl_trust.runtime.before import Plan
 
-def check_restore(plan) -> None:
+
+def check_restore(plan: "Plan") -> None:
     """Refuse a checkpoint that cannot be read, or is of another run than this experiment goes on with.
 
     The experiment is set up once as far as its algorithm, writing nothing, so that whatever would be refused later is
@@ -25,7 +28,7 @@ def check_restore(plan) -> None:
     is looked at whether they restore a checkpoint of ours.
 
     Args:
-        plan (benchmarl_trust.runtime.before.Plan): what the experiment is asked to be.
+        plan (Plan): what the experiment is asked to be.
 
     Raises:
         ValueError: in one sentence, naming what differs, and the cure.
@@ -104,7 +107,7 @@ def _whole_one(file: Path) -> str:
     return " There is no whole checkpoint beside it: start the run anew."
 
 
-def _check_devices(plan, devices: set[str]) -> None:
+def _check_devices(plan: "Plan", devices: set[str]) -> None:
     """A tensor of a GPU needs that one, or to be told where to go."""
     there = {"cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *(["cuda"] * torch.cuda.is_available())}
     asked = plan.config.restore_map_location
@@ -123,7 +126,7 @@ def _check_devices(plan, devices: set[str]) -> None:
 class _Rehearsal(Experiment):
     """What an experiment is before it has a name, a folder, a collector and loggers."""
 
-    def __init__(self, plan, task: TaskClass):
+    def __init__(self, plan: "Plan", task: TaskClass):
         CallbackNotifier.__init__(self, experiment=self, callbacks=[])
         self.config, self.task, self.seed = plan.config, task, plan.seed
         self.model_config = copy.deepcopy(plan.model_config)
@@ -159,7 +162,7 @@ def _record_by_report(file: Path) -> dict[str, Any]:
     return {"algorithm": algorithm, "task": f"{environment}/{task}", "seed": int(seed.removeprefix("seed_"))}
 
 
-def _check_same_run(plan, file: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_same_run(plan: "Plan", file: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
     """A run goes on in its own folder. Any other may start from its checkpoint, in a folder that has no run yet."""
     different = differences(saved, now, IDENTITY)
     old = file.parent.parent.resolve()

@@ -17,7 +17,7 @@ from torchrl.record import CSVLogger
 
 from benchmarl_trust.runtime.adam import is_chosen
 from benchmarl_trust.runtime.guard import own_callback
-from benchmarl_trust.runtime.record import IDENTITY, differences, record_of
+from benchmarl_trust.runtime.record import IDENTITY, differences, identity_of, record_of
 
 KEY = "benchmarl_trust"
 
@@ -99,27 +99,31 @@ class ResumeState(Callback):
         for generator, (device, generator_state) in zip(self.generators, state["generators"], strict=True):
             if generator.device.type == device:
                 generator.set_state(generator_state.cpu())
-        different = differences(state.get("record", {}), record_of(self.experiment), IDENTITY)
-        if different:
-            warnings.warn(
-                f"This run starts from the checkpoint of another one ({different}). It takes over parameters, states "
-                f"of optimizers and generators, and the count of frames, {self.experiment.total_frames} so far; its "
-                "report is its own and starts here.",
-                stacklevel=2,
-            )
-        frames = self.experiment.total_frames
-        wanted = self.experiment.config.get_max_n_frames(self.experiment.on_policy)
-        if frames > wanted:
-            warnings.warn(
-                f"The checkpoint has {frames} frames and this run is to have {wanted} (experiment.max_n_frames): there "
-                "is nothing left to train. A run that was made longer goes on by the command that made it longer.",
-                stacklevel=2,
-            )
+        different = differences(state.get("record", {}), self._identity, IDENTITY)
+        self._warn(different)
         report = {} if different else copy.deepcopy(state.get("report", {}))
         self._set_report(self._report_on_disk(at_least=report) or report)
         csv_bytes = None if different else state.get("csv_bytes")
         self._restored = {"random": state["random"], "report": report, "csv_bytes": csv_bytes}
         _set_random_state(state["random"])
+
+    def _warn(self, different: str) -> None:
+        """Say what a user may not expect of the restored run."""
+        frames = self.experiment.total_frames
+        wanted = self.experiment.config.get_max_n_frames(self.experiment.on_policy)
+        if different:
+            warnings.warn(
+                f"This run starts from the checkpoint of another one ({different}). It takes over parameters, states "
+                f"of optimizers and generators, and the count of frames, {frames} so far; its report is its own and "
+                "starts here.",
+                stacklevel=3,
+            )
+        if frames > wanted:
+            warnings.warn(
+                f"The checkpoint has {frames} frames and this run is to have {wanted} (experiment.max_n_frames): there "
+                "is nothing left to train. A run that was made longer goes on by the command that made it longer.",
+                stacklevel=3,
+            )
 
     def on_batch_collected(self, batch: TensorDictBase) -> None:
         """After the first batch since loading, put the global generators back once more, and forget what came after
@@ -167,6 +171,10 @@ class ResumeState(Callback):
             )
 
     @property
+    def _identity(self) -> dict[str, Any]:
+        return identity_of(self.experiment.algorithm_config, self.experiment.task, self.experiment.seed)
+
+    @property
     def _frames_per_batch(self) -> int:
         return self.experiment.config.collected_frames_per_batch(self.experiment.on_policy)
 
@@ -201,11 +209,11 @@ class ResumeState(Callback):
 
     def _report_on_disk(self, at_least: dict[str, Any]) -> dict[str, Any] | None:
         """The report in the run's folder if it has all that the checkpoint's has, and so may have more."""
-        writer, record = self.experiment.logger.json_writer, record_of(self.experiment)
+        writer, run = self.experiment.logger.json_writer, self._identity
         try:
             data = json.loads(Path(writer.path).read_text())
-            environment, task = record["task"].split("/")
-            report = data[environment][task][record["algorithm"]][f"seed_{record['seed']}"]
+            environment, task = run["task"].split("/")
+            report = data[environment][task][run["algorithm"]][f"seed_{run['seed']}"]
         except (AttributeError, OSError, ValueError, KeyError):
             return None  # no report is asked for, or there is none of this run
         return report if report.keys() >= at_least.keys() else None
