@@ -264,8 +264,9 @@ def test_bounds_on_the_cpu_are_copied_once():
 def test_some_of_the_proposals_without_a_wait():
     proposal = Proposal(*(torch.arange(8.0, device="cuda").reshape(4, 2) for _ in Proposal._fields))
     with waits_are_errors():
-        some = proposal.select([3, 1])
-    assert some.direction.tolist() == [[6, 7], [2, 3]]
+        one, others = proposal.of(3), proposal.without(1)
+    assert one.direction.tolist() == [[6, 7]]
+    assert others.direction.tolist() == [[0, 1], [4, 5], [6, 7]]
 
 
 def test_where_trajectories_end_is_asked_once(recorder):

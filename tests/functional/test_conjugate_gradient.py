@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import waits_are_errors
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -296,11 +297,8 @@ def test_a_gpu_is_never_waited_for_and_gives_the_same():
     on_cpu = conjugate_gradient(Product(matrix), b, 500, tolerance=1e-12)
     product, right = Product(matrix.cuda()), b.cuda()
     conjugate_gradient(product, right, 20)  # what is loaded at first use
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         on_gpu = conjugate_gradient(product, right, 500, tolerance=1e-12)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(on_gpu.x.cpu(), on_cpu.x, rtol=1e-6, atol=1e-8)
     assert (on_gpu.iterations.cpu() < 500).all()
 
