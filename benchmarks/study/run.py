@@ -3,10 +3,10 @@
     python benchmarks/study/run.py --jobs 2                       # all parts, from top to bottom
     python benchmarks/study/run.py --parts defaults --arms mappo hatrpo --tasks vmas/balance
 
-A run is ``python -m benchmarl.run`` with the plan's settings, in ``<out>/<part>/<task>/<arm>/seed<k>``; a run that was
-cut off goes on from its newest checkpoint (``python -m benchmarl.resume``), or starts again if it has none. The file
-``finished`` in its folder says that it is whole, ``log.txt`` is what it printed. A run that fails is named at the end,
-and is tried again next time.
+A run is ``python -m benchmarl.run`` with the plan's settings, in ``<out>/<part>/<task>/<arm>/seed<k>``. The file
+``finished`` in its folder says that it is whole, ``log.txt`` is what it printed. A run that was cut off starts again,
+so that its numbers are those of a run that was not, bit for bit: after a resume environments start anew. A run that
+fails is named at the end, and is tried again next time.
 """
 
 import argparse
@@ -71,16 +71,12 @@ def _arms(plan: dict, part: dict) -> Iterator[tuple[str, list[str]]]:
 
 
 def train(run: Run, out: Path) -> bool:
-    """Run it, or what is left of it; whether it is whole now."""
+    """Run it from its start; whether it is whole now."""
     folder = run.folder(out)
-    checkpoints = list(folder.glob("*/checkpoints/latest.pt"))
-    if checkpoints:
-        command = ["benchmarl.resume", str(checkpoints[0])]
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        command = ["benchmarl.run", *run.settings, f"hydra.run.dir={folder.resolve()}"]
-    with (folder / "log.txt").open("a") as log:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    command = ["benchmarl.run", *run.settings, f"hydra.run.dir={folder.resolve()}"]
+    with (folder / "log.txt").open("w") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run([sys.executable, "-m", *command], stdout=log, stderr=log, env=environment)
     if done.returncode == 0:
