@@ -3,6 +3,8 @@
 # make test-gpu runs the tests of what a GPU does, on one where there is one, else on a simulated one (tests/simcuda)
 # make check  runs the slow tests (further algorithms, tasks and processes), make test-gpu and make lint
 # make matrix runs every algorithm on every task and model, and all combinations of keys; writes docs/matrix.md
+# make figures draws the pictures of the documentation, from data in docs/results, but for the animations
+# make animations trains HATRPO on two tasks, ten minutes on two cores, and draws an episode of each (needs OpenGL)
 # make lint   ruff check and format check
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +13,7 @@ BIN := $(VENV)/bin
 DEMO_FRAMES ?= 120000
 DEMO_FOLDER ?= outputs/demo
 
-.PHONY: demo test test-gpu check matrix lint clean
+.PHONY: demo test test-gpu check matrix figures animations lint clean
 
 demo: $(VENV)/.installed-vmas
 	rm -rf $(DEMO_FOLDER)
@@ -32,6 +34,12 @@ check: lint test-gpu
 
 matrix: $(VENV)/.installed-test
 	$(BIN)/python -W ignore tests/matrix.py
+
+figures: $(VENV)/.installed-vmas
+	$(BIN)/python docs/figures.py
+
+animations: $(VENV)/.installed-vmas
+	$(BIN)/python docs/figures.py --animate
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
