@@ -2,7 +2,7 @@
 
     python docs/figures.py              # make figures: draws what needs no training, in seconds
     python docs/figures.py --animate    # make animations: trains HATRPO on two tasks, then draws an episode of each
-    python docs/figures.py --measure    # measures again what the drawings show, half an hour on one CPU core
+    python docs/figures.py --measure    # measures again what the drawings show, a quarter of an hour on one core
 
 Drawings are SVG; their data is in ``docs/results``, each file with the command that made it in ``MEASUREMENTS``. Their
 bytes depend on nothing but the data and the versions of matplotlib, NumPy and contourpy, which each file names. The
