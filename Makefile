@@ -1,10 +1,10 @@
 # make demo   sets up, trains MARS and MAPPO on vmas/balance, draws their learning curves
 # make test   sets up, runs the tests but for the slow ones, about five minutes on two cores
 # make test-gpu runs the tests of what a GPU does, on one where there is one, else on a simulated one (tests/simcuda)
-# make check  runs the slow tests (further algorithms, tasks and processes), make test-gpu and make lint
-# make matrix runs every algorithm on every task and model, and all combinations of keys; writes docs/matrix.md
 # make figures draws the pictures of the documentation, from data in docs/results, but for the animations
 # make animations trains HATRPO on two tasks, ten minutes on two cores, and draws an episode of each (needs OpenGL)
+# make check  runs the slow tests (further algorithms, tasks and processes), make test-gpu and make lint
+# make matrix runs every algorithm on every task and model, and all combinations of keys; writes docs/matrix.md
 # make lint   ruff check and format check
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 DEMO_FRAMES ?= 120000
 DEMO_FOLDER ?= outputs/demo
 
-.PHONY: demo test test-gpu check matrix figures animations lint clean
+.PHONY: demo test test-gpu check matrix lint clean
 
 demo: $(VENV)/.installed-vmas
 	rm -rf $(DEMO_FOLDER)
@@ -35,6 +35,7 @@ check: lint test-gpu
 matrix: $(VENV)/.installed-test
 	$(BIN)/python -W ignore tests/matrix.py
 
+.PHONY: figures animations
 figures: $(VENV)/.installed-vmas
 	$(BIN)/python docs/figures.py
 

@@ -8,9 +8,8 @@ Drawings are SVG; their data is in ``docs/results``, each file with the command 
 bytes depend on nothing but the data and the versions of matplotlib, NumPy and contourpy, which each file names. The
 text alternatives are in ``alt.yaml`` beside the pictures; entries of pictures that are made elsewhere stay.
 
-Drawing needs matplotlib (extra ``plots``). Animations need VMAS (extra ``vmas``) and OpenGL, on Debian and Ubuntu
-``apt-get install libegl1 libgl1 libglu1-mesa``, but no display. A task that has a run in ``outputs/animations`` is not
-trained again.
+Drawing needs matplotlib. Animations need VMAS (extra ``vmas``) and OpenGL, on Debian and Ubuntu ``apt-get install
+libegl1 libgl1 libglu1-mesa``, but no display. A task that has a run in ``outputs/animations`` is not trained again.
 """
 
 import argparse
