@@ -1,5 +1,7 @@
 # make demo   sets up, trains MARS and MAPPO on vmas/balance, draws their learning curves
 # make test   sets up, runs the tests but for the slow ones, about five minutes on two cores
+# make figures draws the pictures of the documentation, from data in docs/results, but for the animations
+# make animations trains HATRPO on two tasks, ten minutes on two cores, and draws an episode of each (needs OpenGL)
 # make test-gpu runs the tests of what a GPU does, on one where there is one, else on a simulated one (tests/simcuda)
 # make check  runs the slow tests (further algorithms, tasks and processes), make test-gpu and make lint
 # make matrix runs every algorithm on every task and model, and all combinations of keys; writes docs/matrix.md
@@ -29,6 +31,13 @@ test-gpu: $(VENV)/.installed-test
 
 check: lint test-gpu
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+.PHONY: figures animations
+figures: $(VENV)/.installed-vmas
+	$(BIN)/python docs/figures.py
+
+animations: $(VENV)/.installed-vmas
+	$(BIN)/python docs/figures.py --animate
 
 matrix: $(VENV)/.installed-test
 	$(BIN)/python -W ignore tests/matrix.py

@@ -10,8 +10,8 @@ as on balance with 8 agents, it falls. Learning rate and epochs are those of the
     OMP_NUM_THREADS=1 python examples/advantage_variance.py --task balance --agents 2 8 --out outputs/balance
 
 The first command takes about seven minutes on one CPU core. It prints a table and writes it as
-``advantage_variance.csv``, with a picture, ``advantage_variance.png``, into the folder of ``--out``, beside BenchMARL's
-logs. Matplotlib is needed.
+``advantage_variance.csv``, with a picture, ``advantage_variance.png``, and the ratios of each seed, ``seeds.csv``, into
+the folder of ``--out``, beside BenchMARL's logs. Matplotlib is needed.
 """
 
 import argparse
@@ -36,7 +36,8 @@ Series = dict[str, Tensor]
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    files = "advantage_variance.csv, the table; advantage_variance.png, the picture; BenchMARL's logs"
+    files = "advantage_variance.csv, the table; seeds.csv, the ratios of each seed; advantage_variance.png, the picture"
+    files += "; BenchMARL's logs"
     parser = make_parser(__doc__, Path("outputs/advantage_variance"), files)
     add_run_options(parser)
     parser.add_argument("--task", default="dispersion", help="a VMAS task whose configuration has n_agents")
@@ -141,6 +142,17 @@ def write_csv(results: dict[int, dict[str, Series]], path: Path) -> None:
                 writer.writerow({"n_agents": n_agents, "algorithm": name, **summarize(runs)})
 
 
+def write_seeds(results: dict[int, dict[str, Series]], seeds: list[int], path: Path) -> None:
+    """The ratio at the last position of each seed as csv, geometric mean over iterations."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["n_agents", "algorithm", "seed", "ratio_last"])
+        for n_agents, algorithms in results.items():
+            for name, runs in algorithms.items():
+                ratios = geometric_mean(variance_ratio(runs)[..., -1], 1)
+                writer.writerows([n_agents, name, k, f"{x:.4g}"] for k, x in zip(seeds, ratios.tolist(), strict=True))
+
+
 def save_picture(results: dict[int, dict[str, Series]], title: str, path: Path) -> None:
     """Two panels: the ratio at the last position against N, and against the position at the largest N."""
     figure, (by_agents, by_position) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
@@ -186,9 +198,10 @@ def main() -> None:
     print_table(results)
     table, picture = args.out / "advantage_variance.csv", args.out / "advantage_variance.png"
     write_csv(results, table)
+    write_seeds(results, args.seeds, args.out / "seeds.csv")
     title = f"vmas/{args.task}, learning rate {args.lr:g}, {args.iterations} iterations, seeds {args.seeds}"
     save_picture(results, title, picture)
-    print(f"\nWrote {table}\nWrote {picture}")
+    print(f"\nWrote {table}\nWrote {args.out / 'seeds.csv'}\nWrote {picture}")
 
 
 if __name__ == "__main__":

@@ -25,12 +25,13 @@ a sixth more KL, as it hands on what a turn has left over. From (2.25, 2.25) the
 end in the better maximum, 5 of W's and of G's. That start is not neutral: it was picked because HATRPO and W part there
 when their steps are computed from E[R] without noise. The variances of W and G are the same from both.
 
-The first command (three algorithms, twenty seeds) takes eleven minutes on one CPU core. It prints a table and draws
-the paths of the joint action and the learning curves, as ``joint_constraint.png`` in the folder of ``--out``.
-Matplotlib is needed.
+The first command (three algorithms, twenty seeds) takes eleven minutes on one CPU core. It prints a table, draws the
+paths of the joint action and the learning curves, as ``joint_constraint.png`` in the folder of ``--out``, and writes
+the paths as ``paths.csv``. HAPPO and MAPPO, which have no KL budget, can be named too. Matplotlib is needed.
 """
 
 import argparse
+import csv
 import math
 import tempfile
 from pathlib import Path
@@ -46,7 +47,7 @@ from torch.distributions import Normal, kl_divergence
 
 from benchmarl_trust.environments.trust_games import differential_reward
 
-NAMES = {"hatrpo": "HATRPO", "hatrpow": "HATRPO-W", "hatrpog": "HATRPO-G", "mappo": "MAPPO"}
+NAMES = {"hatrpo": "HATRPO", "hatrpow": "HATRPO-W", "hatrpog": "HATRPO-G", "happo": "HAPPO", "mappo": "MAPPO"}
 MAXIMA = {"better": (5.192, 5.000), "worse": (1.120, 1.000)}
 
 #: A run has ended in a maximum if its joint action is at most this far from it.
@@ -64,7 +65,7 @@ Series = dict[str, Tensor]
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    files = "joint_constraint.png, the paths and the learning curves"
+    files = "joint_constraint.png, the paths and the learning curves; paths.csv, the paths"
     parser = make_parser(__doc__, Path("outputs/joint_constraint"), files)
     add_run_options(parser, seeds=range(20))
     parser.add_argument(
@@ -82,17 +83,20 @@ def parse_args() -> argparse.Namespace:
 
 
 def make_settings(name: str, args: argparse.Namespace, folder: str) -> dict:
-    """The arguments of an algorithm's runs: Gaussian policies and, but for MAPPO, the KL budget that all share."""
+    """The arguments of an algorithm's runs: Gaussian policies and, with natural steps, the KL budget that all share."""
     settings = compose(*SETTINGS, *args.override, f"algorithm={name}", "task=trust_games/differential")
     settings["task"].config["start"] = args.start
     algorithm, config = settings["algorithm_config"], settings["config"]
     algorithm.use_tanh_normal, algorithm.scale_mapping = False, f"biased_softplus_{args.policy_scale}"
+    natural = name.startswith("hatrpo")
+    if natural:
+        algorithm.kl_threshold = args.kl  # W, G: kl_total is null, so D = 2 δ
     if name != "mappo":
-        algorithm.kl_threshold, algorithm.normalize_advantage = args.kl, "batch"  # W, G: kl_total is null, so D = 2 δ
+        algorithm.normalize_advantage = "batch"
     config.max_n_iters, config.save_folder = args.iterations, folder
     config.on_policy_collected_frames_per_batch = config.on_policy_n_envs_per_worker = args.frames
     config.on_policy_minibatch_size = args.frames
-    config.on_policy_n_minibatch_iters = 10 if name == "mappo" else 1  # of a critic that does not matter
+    config.on_policy_n_minibatch_iters = 1 if natural else 10  # natural steps: of a critic that does not matter
     return settings
 
 
@@ -237,6 +241,16 @@ def plot_band(ax: Axes, label: str, curves: Tensor, color: str) -> None:
     ax.fill_between(range(len(center)), center - half, center + half, color=color, alpha=0.2)
 
 
+def write_paths(results: dict[str, Series], seeds: list[int], path: Path) -> None:
+    """The paths as csv: the mean joint action (a1, a2) after each iteration; 0 is the start."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["algorithm", "seed", "iteration", "a1", "a2"])
+        for name, runs in results.items():
+            for seed, actions in zip(seeds, runs["action"], strict=True):
+                writer.writerows([name, seed, k, f"{x:.3f}", f"{y:.3f}"] for k, (x, y) in enumerate(actions.tolist()))
+
+
 def main() -> None:
     """Train with every algorithm and seed, then report."""
     args = parse_args()
@@ -251,7 +265,9 @@ def main() -> None:
     title = f"differential game from ({args.start[0]:g}, {args.start[1]:g}), scale {args.policy_scale:g}, "
     picture = args.out / "joint_constraint.png"
     save_picture(results, title + f"{args.frames} games per iteration, {len(args.seeds)} seeds", picture)
-    print(f"\nWrote {picture}")
+    table = args.out / "paths.csv"
+    write_paths(results, args.seeds, table)
+    print(f"\nWrote {picture}\nWrote {table}")
 
 
 if __name__ == "__main__":

@@ -121,6 +121,11 @@ def test_joint_constraint(tmp_path, script):
         assert sum(map(int, row[5:8])) == 2  # seeds
         assert 0 < float(row[-1]) <= 0.0201  # KL of both agents
     assert (tmp_path / "new" / "folder" / "joint_constraint.png").stat().st_size > 10_000
+    paths = (tmp_path / "new" / "folder" / "paths.csv").read_text().splitlines()
+    assert paths[0] == "algorithm,seed,iteration,a1,a2"
+    assert len(paths) == 1 + 3 * 2 * 3  # algorithms, seeds, the start and two iterations
+    first = np.array([line.split(",")[3:] for line in paths[1:] if line.split(",")[2] == "0"], dtype=float)
+    assert np.abs(first - [3.0, 1.1]).max() < 0.8  # the start, shifted by a random network
     assert "two or more" in script(EXAMPLES / "joint_constraint.py", "--seeds", 2, fails=True)
 
 
@@ -178,6 +183,9 @@ def test_advantage_variance(tmp_path, script):
     script(EXAMPLES / "advantage_variance.py", *settings)
     rows = [line.split(",") for line in (out / "advantage_variance.csv").read_text().splitlines()]
     assert [row[:2] for row in rows] == [["n_agents", "algorithm"], ["3", "HAPPO"], ["3", "clip-HAPPO"]]
+    (seed,) = (out / "seeds.csv").read_text().splitlines()[1:2]
+    assert seed.split(",")[:3] == ["3", "HAPPO", "0"]
+    assert float(seed.split(",")[3]) == pytest.approx(float(rows[1][2]), rel=1e-3)
     assert (out / "advantage_variance.png").stat().st_size > 10_000
     settings = ("--task", "give_way", "--out", out)
     assert "has no n_agents" in script(EXAMPLES / "advantage_variance.py", *settings, fails=True)

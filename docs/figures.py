@@ -1,0 +1,336 @@
+"""The pictures of the documentation, made by commands.
+
+    python docs/figures.py              # make figures: draws what needs no training, in seconds
+    python docs/figures.py --animate    # make animations: trains HATRPO on two tasks, then draws an episode of each
+    python docs/figures.py --measure    # measures again what the drawings show, a quarter of an hour on one core
+
+Drawings are SVG; their data is in ``docs/results``, each file with the command that made it in ``MEASUREMENTS``. Their
+bytes depend on nothing but the data and the versions of matplotlib, NumPy and contourpy, which each file names. The
+text alternatives are in ``alt.yaml`` beside the pictures; entries of pictures that are made elsewhere stay.
+
+Drawing needs matplotlib. Animations need VMAS (extra ``vmas``) and OpenGL, on Debian and Ubuntu ``apt-get install
+libegl1 libgl1 libglu1-mesa``, but no display. A task that has a run in ``outputs/animations`` is not trained again.
+"""
+
+import argparse
+import csv
+import io
+import math
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import contourpy
+import matplotlib as mpl
+import matplotlib.style
+import numpy as np
+import torch
+import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+from PIL import Image
+
+from benchmarl_trust.environments.trust_games import differential_reward
+from benchmarl_trust.functional import SURROGATES
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+sys.path.insert(0, str(ROOT / "examples"))
+
+#: The colours that Paul Tol calls high-contrast: distinct for all kinds of colour vision, and as shades of grey.
+BLACK, BLUE, RED, YELLOW = "#000000", "#004488", "#BB5566", "#DDAA33"
+GREY = "#888888"
+
+#: White behind, so that pictures can be read on dark pages; text as paths, so that no font is needed.
+STYLE = {
+    "svg.hashsalt": "benchmarl_trust",
+    "svg.fonttype": "path",
+    "figure.facecolor": "white",
+    "figure.constrained_layout.use": True,
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "figure.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+}
+VERSIONS = f"matplotlib {mpl.__version__}, NumPy {np.__version__}, contourpy {contourpy.__version__}"
+
+#: The commands that measure what is drawn, and where the file of theirs goes that is drawn.
+MEASUREMENTS = {
+    "examples/advantage_variance.py --out outputs/advantage_variance": ("seeds.csv", "advantage_variance.csv"),
+    "examples/joint_constraint.py --algorithms happo mappo hatrpo hatrpow hatrpog --seeds 0 1 2 3 "
+    "--out outputs/joint_constraint": ("paths.csv", "differential_game/paths.csv"),
+}
+
+#: The training of the animations; the task and the folder are added.
+TRAINING = ["algorithm=hatrpo", "experiment=vmas_laptop", "experiment.max_n_frames=240000", "model.num_cells=[64,64]"]
+TRAINING += ["critic_model.num_cells=[64,64]", "experiment.checkpoint_at_end=True"]
+
+#: What is to be seen in the animations.
+ANIMATIONS = {
+    "balance": "Four agents under a line gather below the red package on it, and lift it towards the green goal "
+    "without letting it fall; in the 100 steps of an episode they do not get there",
+    "navigation": "Three agents, discs with the rays by which they sense each other, drive to goals of their colours",
+}
+
+#: Student's t at 97.5 %, by degrees of freedom.
+STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+
+
+def read(name: str) -> list[dict[str, str]]:
+    """The rows of a file in ``docs/results``."""
+    with (RESULTS / name).open() as file:
+        return list(csv.DictReader(file))
+
+
+def draw_gains() -> tuple[Figure, str]:
+    """The gains and their pulls over the ratio, for A = 1 and A = -1, by the functions that train."""
+    epsilon = 0.2
+    lines = {  # label, colour, style and width of the line, size of the dot: clip's and quadratic's are at one ratio
+        "clip": ("clip (MAPPO, HAPPO)", BLACK, "--", 1.6, 11),
+        "quadratic": ("quadratic (MASPO)", RED, "-.", 1.6, 7),
+        "reciprocal": ("reciprocal (MARS)", BLUE, "-", 1.6, 7),
+        "log": ("log (ablation of MARS)", YELLOW, ":", 2.6, 7),
+    }
+    figure = Figure(figsize=(8, 5.6))
+    axes = figure.subplots(2, 2, sharex=True, sharey="row")
+    for (top, bottom), sign in zip(axes.T, (1.0, -1.0), strict=True):
+        for name, (label, color, style, width, size) in lines.items():
+            log_ratio = torch.linspace(math.log(0.1), math.log(4), 301, dtype=torch.float64, requires_grad=True)
+            gain = SURROGATES[name].gain(log_ratio, torch.full_like(log_ratio, sign), epsilon)
+            (pull,) = torch.autograd.grad(gain.sum(), log_ratio)
+            ratio = log_ratio.detach().exp()
+            top.plot(ratio, gain.detach(), style, color=color, label=label, linewidth=width)
+            bottom.plot(ratio, pull, style, color=color, linewidth=width)
+            best = torch.tensor([SURROGATES[name].log_bounds(epsilon, epsilon)[sign > 0]], dtype=torch.float64)
+            height = SURROGATES[name].gain(best, torch.full_like(best, sign), epsilon)
+            for ax, y in ((top, height), (bottom, torch.zeros(1))):
+                ax.plot(best.exp(), y, "o", color=color, markeredgecolor="white", markersize=size, zorder=3)
+        top.set(title=f"advantage A = {sign:+.0f}".replace("-", "−"), ylim=(-5, 2))
+        bottom.set(xlabel=r"ratio $r = \pi(a|o) / \pi_{old}(a|o)$", ylim=(-5, 8), xscale="log", xlim=(0.1, 4))
+        bottom.xaxis.set(major_locator=FixedLocator([0.1, 0.2, 0.5, 1, 2, 4]), minor_locator=NullLocator())
+        bottom.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        for ax in (top, bottom):
+            ax.axvline(1, color=GREY, linewidth=0.8, zorder=0)
+        bottom.axhline(0, color=GREY, linewidth=0.8, zorder=0)
+    axes[0, 0].set_ylabel("gain (units of A)")
+    axes[1, 0].set_ylabel("pull, d gain / d log r (units of A)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.suptitle(f"What one sample contributes, and how it pulls on its log-ratio (ε = {epsilon}; dots: optima)")
+    alt = (
+        "Four panels over the ratio r from 0.1 to 4 on a logarithmic axis: above the gain, below its derivative in "
+        f"log r, left for A = +1, right for A = -1, at epsilon = {epsilon}. All four gains pull with A at r = 1. The "
+        "clip has no pull beyond its optimum, 1.2 or 0.8. Beyond theirs the quadratic, reciprocal and log gains pull "
+        "back. For A = -1 and r towards 0 the quadratic's pull falls to 0, while the reciprocal's and the log's grow."
+    )
+    return figure, alt
+
+
+def draw_advantage_variance() -> tuple[Figure, str]:
+    """The advantage variance at the last position over N, geometric mean and, where seeds are kept, 95 % interval.
+
+    A row is a seed's. Rows with the seeds "0 1 2" hold the mean over them: then there is no interval to draw.
+    """
+    rows = read("advantage_variance.csv")
+    agents = sorted({int(row["n_agents"]) for row in rows})
+    seeds = sorted({row["seed"] for row in rows})
+    figure = Figure(figsize=(6, 3.8))
+    ax = figure.subplots()
+    said = {}
+    for name, color, style, shift in (("HAPPO", BLUE, "o-", 0.97), ("clip-HAPPO", RED, "s--", 1.03)):
+        own = [(int(row["n_agents"]), float(row["ratio_last"])) for row in rows if row["algorithm"] == name]
+        logs = np.log([[ratio for count, ratio in own if count == n] for n in agents])  # [numbers of agents, seeds]
+        center = np.exp(logs.mean(1))
+        if len(seeds) == 1:
+            ax.plot(agents, center, style, color=color, label=name)
+            said[name] = ", ".join(f"{c:.3g} at N = {n}" for n, c in zip(agents, center, strict=True))
+            continue
+        factor = np.exp(STUDENT_T[len(seeds) - 1] * logs.std(1, ddof=1) / math.sqrt(len(seeds)))
+        low, high, x = center / factor, center * factor, shift * np.array(agents)
+        ax.errorbar(x, center, (center - low, high - center), fmt=style, color=color, capsize=3, label=name)
+        ax.plot(x, np.exp(logs), ".", color=GREY, markersize=4, zorder=3)
+        values = zip(agents, center, low, high, strict=True)
+        said[name] = ", ".join(f"{c:.3g} ({a:.3g} to {b:.3g}) at N = {n}" for n, c, a, b in values)
+    ax.axhline(1, color=BLACK, linewidth=0.8, linestyle=":", label="bound of clip-HAPPO")
+    ax.set(xscale="log", yscale="log", xlabel="number of agents N", ylabel="Var(w(M) A) / Var(A)")
+    ax.xaxis.set(major_locator=FixedLocator(agents), minor_locator=NullLocator())
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.legend(loc="upper left")
+    mean = f"geometric mean and 95 % interval over seeds {' '.join(seeds)}"
+    if len(seeds) == 1:
+        mean = f"geometric mean over seeds {seeds[0]}, whose spread was not kept"
+    ax.set_title(f"Variance of the last agent's weighted advantages on vmas/dispersion:\n{mean}")
+    alt = (
+        "The variance of the weighted advantages over that of the advantages at the last position of the order on "
+        f"vmas/dispersion, over the number of agents N, both axes logarithmic; {mean}. HAPPO: {said['HAPPO']}. "
+        f"Clip-HAPPO: {said['clip-HAPPO']}. The bound of clip-HAPPO is 1."
+    )
+    return figure, alt
+
+
+def draw_differential_game() -> tuple[Figure, str]:
+    """The reward of the differential game, and under each algorithm the path of the mean joint action per seed."""
+    from joint_constraint import MAXIMA, NAMES, RADIUS
+
+    rows = read("differential_game/paths.csv")
+    paths: dict[str, dict[str, list[list[float]]]] = {}
+    for row in rows:
+        paths.setdefault(row["algorithm"], {}).setdefault(row["seed"], []).append([float(row["a1"]), float(row["a2"])])
+    figure = Figure(figsize=(8, 5.6))
+    surface, *panels = figure.subplots(2, 3, sharex=True, sharey=True).flat
+    plot_reward(surface, MAXIMA, labels=True)
+    surface.set_title("shared reward of the joint action")
+    said = []
+    for ax, name in zip(panels, paths, strict=True):
+        plot_reward(ax, MAXIMA, labels=False)
+        actions = np.array(list(paths[name].values()))  # [seeds, iterations + 1, 2]
+        shown = np.r_[0:20:2, 20 : actions.shape[1] : 4]  # large steps come first; fewer points, a smaller file
+        for path in actions:
+            ax.plot(*path[shown].T, color=BLUE, linewidth=0.9)
+        ax.plot(*actions[:, 0].T, "o", color="white", markeredgecolor=BLUE, markersize=4, zorder=3)
+        ax.plot(*actions[:, -1].T, "o", color=RED, markeredgecolor=BLACK, markersize=4, zorder=4)
+        distance = {place: np.linalg.norm(actions[:, -1] - np.array(MAXIMA[place]), axis=1) for place in MAXIMA}
+        ends = {place: int((distance[place] <= RADIUS).sum()) for place in MAXIMA}
+        ends["on the way"] = len(actions) - sum(ends.values())
+        words = ", ".join(f"{count} {end}" for end, count in ends.items() if count)
+        ax.set_title(f"{NAMES[name]}: {words}")
+        said.append(f"{NAMES[name]} {words}")
+    for ax in (surface, *panels):
+        ax.set(xlim=(0, 7), ylim=(0, 7), aspect="equal")
+        ax.grid(False)
+    figure.supxlabel("action of agent 1", fontsize=9)
+    figure.supylabel("action of agent 2", fontsize=9)
+    iterations = actions.shape[1] - 1
+    figure.suptitle(
+        f"Differential game: mean joint action over {iterations} iterations of 256 games, {len(actions)} seeds\n"
+        "white dots: start, near the saddle; red dots: end; stars: the two maxima"
+    )
+    alt = (
+        "Contours of the shared reward of two agents' actions between 0 and 7: a better maximum, 1.04, at "
+        "(5.192, 5.000) and a worse one, 0.95, at (1.120, 1.000). On them, one panel per algorithm, the paths of the "
+        f"mean joint action of {len(actions)} seeds over {iterations} iterations from near the saddle between the "
+        f"two. Seeds by the maximum where they end: {'; '.join(said)}."
+    )
+    return figure, alt
+
+
+def plot_reward(ax: Axes, maxima: dict[str, tuple[float, float]], labels: bool) -> None:
+    """Contours of the reward, its maxima as stars."""
+    axis = torch.linspace(0, 7, 43, dtype=torch.float64)
+    reward = differential_reward(torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1))
+    lines = ax.contour(axis, axis, reward, levels=np.arange(1, 6) / 5, colors=GREY, linewidths=0.6)
+    if labels:
+        ax.clabel(lines, fontsize=6, colors=BLACK)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        for name, (x, y) in maxima.items():
+            ax.annotate(name, (x, y), (0, 8), textcoords="offset points", ha="center", weight="bold", bbox=box)
+    ax.plot(*zip(*maxima.values(), strict=True), "*", color=YELLOW, markeredgecolor=BLACK, markersize=13, zorder=2)
+
+
+DRAWINGS: dict[str, Callable[[], tuple[Figure, str]]] = {
+    "gains.svg": draw_gains,
+    "advantage_variance.svg": draw_advantage_variance,
+    "differential_game.svg": draw_differential_game,
+}
+
+
+def draw(out: Path) -> dict[str, str]:
+    """Draw everything that needs no training; the text alternatives."""
+    alts = {}
+    with mpl.style.context(["default", STYLE]):
+        for name, picture in DRAWINGS.items():
+            figure, alts[name] = picture()
+            buffer = io.StringIO()
+            figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": f"docs/figures.py, {VERSIONS}"})
+            # Two decimals of a point: a third of the size, and no differences in the last bits between processors.
+            rounded = re.sub(r'(?<=[ "])-?\d+\.\d{3,}', lambda match: f"{float(match[0]):.2f}", buffer.getvalue())
+            (out / name).write_text(rounded)
+    return alts
+
+
+def animate(out: Path) -> None:
+    """Train, draw an episode of each task, and write down what was reached."""
+    from show import draw as draw_episode
+
+    rows = []
+    for task in ANIMATIONS:
+        run = trained(task)
+        (returns,) = run.rglob("eval_reward_episode_reward_mean.csv")
+        last = float(returns.read_text().split()[-1].split(",")[-1])
+        episodes = [draw_episode(run / "checkpoints" / "latest.pt", seed=seed) for seed in range(5)]
+        shown = [episode.scalars["eval_reward_episode_reward_mean"] for episode in episodes]
+        nearest = min(range(5), key=lambda k: abs(shown[k] - last))  # neither the best nor a failure
+        save_gif(episodes[nearest].video, out / f"{task}_trained.gif")
+        rows.append([task, "hatrpo", 0, 240_000, f"{last:.2f}", f"{shown[nearest]:.2f}", nearest])
+    with (RESULTS / "animations.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([["task", "algorithm", "seed", "frames", "last_evaluation", "shown", "episode"], *rows])
+
+
+def trained(task: str) -> Path:
+    """The folder of the task's run, which is made where there is none."""
+    folder = ROOT / "outputs" / "animations" / task
+    if not list(folder.glob("*/checkpoints/latest.pt")):
+        shutil.rmtree(folder, ignore_errors=True)
+        command = ["-m", "benchmarl.run", *TRAINING, f"task=vmas/{task}", "seed=0", f"hydra.run.dir={folder}"]
+        subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
+    return next(folder.glob("*/checkpoints/latest.pt")).parents[1]
+
+
+def save_gif(video: torch.Tensor, file: Path, size: int = 320, colors: int = 32) -> None:
+    """A video [T, 3, height, width] as a small picture in few colours, at twenty steps per second."""
+    frames = [Image.fromarray(frame.numpy()) for frame in video.permute(0, 2, 3, 1).contiguous()]
+    for frame in frames:
+        frame.thumbnail((size, size))
+    palette = frames[0].quantize(colors)
+    first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    first.save(file, save_all=True, append_images=others, duration=50, loop=0, optimize=True)
+
+
+def describe_animations() -> dict[str, str]:
+    """The text alternatives of the animations, from what was written down when they were made."""
+    return {
+        f"{row['task']}_trained.gif": f"Animation of vmas/{row['task']}. {ANIMATIONS[row['task']]}. Trained with "
+        f"HATRPO for {int(row['frames']):,} frames, seed {row['seed']}: mean return {row['last_evaluation']} in the "
+        f"last evaluation, {row['shown']} in the episode that is shown, of five the nearest to that mean."
+        for row in read("animations.csv")
+    }
+
+
+def measure() -> None:
+    """Run the examples that measure what is drawn, and keep the files that are drawn."""
+    for command, (made, kept) in MEASUREMENTS.items():
+        subprocess.run([sys.executable, *command.split()], check=True, cwd=ROOT)
+        shutil.copyfile(ROOT / command.split()[-1] / made, RESULTS / kept)
+
+
+def main() -> None:
+    """Measure or animate first where that is asked for, then draw, and write the text alternatives."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures", help="folder of the pictures")
+    parser.add_argument("--measure", action="store_true", help="measure again what the drawings show")
+    parser.add_argument("--animate", action="store_true", help="train, and make the animations")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.measure:
+        measure()
+    if args.animate:
+        animate(args.out)
+    file = args.out / "alt.yaml"
+    others = yaml.safe_load(file.read_text()) if file.exists() else {}
+    alts = others | draw(args.out) | describe_animations()
+    file.write_text(yaml.safe_dump(alts, width=110, allow_unicode=True))
+    for name in (*DRAWINGS, *describe_animations()):
+        print(args.out / name)
+
+
+if __name__ == "__main__":
+    main()
