@@ -432,6 +432,18 @@ def test_rows_of_a_killed_run(tmp_path):
     assert read_rows(tmp_path / "rows.csv") == {0: 1.0, 1: 3.0}
 
 
+def test_seeds_that_were_evaluated_at_different_frames(tmp_path, report):
+    write_run(tmp_path, seed=0)
+    run = write_run(tmp_path, seed=1)
+    file = run / f"{run.name}.json"
+    file.write_text(file.read_text().replace('"step_count": 20', '"step_count": 30'))
+    assert "seeds were evaluated at different frames" in report(tmp_path)
+    (cell,) = statistics.cells(read_folders([str(tmp_path)])[0], "return", None, [])
+    frames, values = cell.common
+    assert (frames.tolist(), values.tolist()) == ([10, 40], [[0, 4], [0, 4]])
+    assert cell.scores["area"] == pytest.approx([(10 * 1 + 20 * 3) / 30, (20 * 1 + 10 * 3) / 30])
+
+
 def test_labels(tmp_path, report, refused):
     for seed in (0, 1):
         write_run(tmp_path / "a", seed=seed)

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from tqdm import tqdm
@@ -25,6 +25,7 @@ BOOKKEEPING = re.compile(
 )
 
 Curve = dict[int, float]  # value by frames
+Content = TypeVar("Content", list, dict)
 
 
 class ReportError(ValueError):
@@ -125,12 +126,12 @@ def _runs_at(place: Path, reports: list[tuple], scalars: Path | None, metric: st
         task = f"{about['environment_name']}/{about['task_name']}"
         by_identity[task, about["algorithm_name"], int(about["seed"])] = {}
     alone = len(by_identity) == 1
-    overrides = _yaml(place.parent / ".hydra" / "overrides.yaml")
+    overrides = _yaml(place.parent / ".hydra" / "overrides.yaml", empty=[])
     runs = []
     for (task, algorithm, seed), report in by_identity.items():
         logged = scalars if alone else None
         curves, collected = _curves(report, logged, metric)
-        run = Run(task, algorithm, seed, [place], curves, settings=settings, overrides=overrides or [])
+        run = Run(task, algorithm, seed, [place], curves, settings=settings, overrides=overrides)
         run.frames = collected or max(curves["return"], default=0)
         run.planned = _planned(settings, about.get("on_policy", True))
         # Without CSV files the last evaluation is all that is known of the run's length.
@@ -212,15 +213,15 @@ def _settings(place: Path, scalars: Path | None) -> tuple[dict[str, Any], dict[s
     if "experiment_config" in about:
         of = {part: about.get(f"{part}_config") for part in parts}
     else:
-        of = {part: (_yaml(place.parent / ".hydra" / "config.yaml") or {}).get(part) for part in parts}
+        of = {part: _yaml(place.parent / ".hydra" / "config.yaml", empty={}).get(part) for part in parts}
     settings = {
         f"{part}.{key}": value for part, own in of.items() if isinstance(own, dict) for key, value in own.items()
     }
     return settings, about
 
 
-def _yaml(file: Path) -> Any:
-    return yaml.safe_load(file.read_text()) if file.is_file() else None
+def _yaml(file: Path, empty: Content) -> Content:
+    return (yaml.safe_load(file.read_text()) if file.is_file() else None) or empty
 
 
 def _planned(settings: dict[str, Any], on_policy: bool) -> int | None:
