@@ -72,8 +72,7 @@ def report(options: argparse.Namespace) -> str:
     over_tasks = aggregates.aggregate(cells, bounds, options.baseline, options.score, options.metric, notes)
     out = options.out or split_label(options.folders[0])[0]
     out.mkdir(parents=True, exist_ok=True)
-    words = WORDS.get(options.metric, options.metric)
-    drawn = pictures.draw(cells, over_tasks, options.baseline, words, _score(options), out)
+    drawn = pictures.draw(cells, over_tasks, options.baseline, _what(options), _score(options), out)
     tables.write_csv(cells, over_tasks, out)
     text = _text(options, cells, over_tasks, bounds, notes)
     shown = "\n".join(f"![{file.stem.replace('_', ' ')}]({file.name})" for file in drawn)
@@ -112,12 +111,11 @@ def _text(
     bounds: dict[str, aggregates.Bounds],
     notes: list[str],
 ) -> str:
-    what = WORDS.get(options.metric, options.metric)
     limit = "" if options.frames is None else f" up to {options.frames} frames"
     parts = [
         "# Report",
-        f"Of the {what}{limit}: the final and the best evaluation and the area under the curve (its mean over frames), "
-        "mean ± standard deviation over seeds; wall time and KL per iteration, means over seeds.",
+        f"Of the {_what(options)}{limit}: the final and the best evaluation and the area under the curve (its mean over "
+        "frames), mean ± standard deviation over seeds; wall time and KL per iteration, means over seeds.",
         tables.by_task(cells),
     ]
     if table := tables.over_tasks(over_tasks, options.baseline):
@@ -130,10 +128,14 @@ def _text(
     return "\n\n".join(parts)
 
 
+def _what(options: argparse.Namespace) -> str:
+    """The metric in words."""
+    return WORDS.get(options.metric) or options.metric
+
+
 def _score(options: argparse.Namespace) -> str:
-    """In words."""
-    what = WORDS.get(options.metric, options.metric)
-    return f"area under the {what}" if options.score == "area" else f"{options.score} {what}"
+    """The score in words."""
+    return f"area under the {_what(options)}" if options.score == "area" else f"{options.score} {_what(options)}"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -75,7 +75,7 @@ def read_bounds(files: list[Path], metric: str) -> dict[str, Bounds]:
                 raise ReportError(f"{file}: {task} has low {entry['low']} and high {entry['high']}: low must be less.")
             if entry.get("metric", "return") != metric:
                 continue
-            own = {key: entry[key] for key in keys}
+            own = Bounds(low=entry["low"], high=entry["high"], source=entry["source"])
             if bounds.setdefault(task, own) != own:
                 raise ReportError(f"{file} and another file have different bounds for {task}: name one by --bounds.")
     return bounds

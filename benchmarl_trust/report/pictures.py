@@ -20,7 +20,7 @@ LINES = ("-", "--", "-.", ":")
 MARKERS = "osD^vPX*<>"
 WIDTH = 8.4  # inches, the width of a README's text at 100 pixels each
 DPI = 200  # twice as many, for screens that have them
-SETTINGS = {
+SETTINGS: dict = {
     "svg.fonttype": "none",  # text stays text: it can be searched, and read aloud
     "svg.hashsalt": "benchmarl_trust",
     "font.size": 10,
@@ -67,7 +67,8 @@ def draw(
     """
     import matplotlib
 
-    look = styles(dict.fromkeys(cell.label for cell in cells))
+    labels = dict.fromkeys(cell.label for cell in cells)
+    look = styles(sorted(labels, key=lambda label: label != baseline))  # the baseline first, in black
     with matplotlib.rc_context(SETTINGS):
         files = [_write(learning_curves(cells, words, look), out / "learning_curves")]
         if over_tasks.iqm or over_tasks.improvement:
@@ -85,7 +86,9 @@ def learning_curves(cells: list[Cell], words: str, look: dict[str, dict]) -> "Fi
     tasks = list(dict.fromkeys(cell.task for cell in cells))
     columns = min(len(tasks), 3 if len(tasks) > 4 else 2)
     rows = -(-len(tasks) // columns)
-    figure = Figure(figsize=(WIDTH, 3.6 * rows if columns < 3 else 2.9 * rows), layout="constrained")
+    in_a_row = max(1, min(len(look), 84 // (max(map(len, look)) + 6)))  # of the legend
+    height = (3.2 if columns < 3 else 2.6) * rows + 0.25 * -(-len(look) // in_a_row)
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, task in zip(axes, tasks, strict=False):
         for cell in (cell for cell in cells if cell.task == task):
@@ -101,9 +104,7 @@ def learning_curves(cells: list[Cell], words: str, look: dict[str, dict]) -> "Fi
     figure.supxlabel("One seed, no bands." if counts == [1] else note, fontsize=9)
     handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     labels = [label for label in look if label in handles]
-    wide = max(map(len, labels)) > 22
-    columns = min(len(labels), 2 if wide else 4)
-    figure.legend([handles[label] for label in labels], labels, loc="outside upper center", ncols=columns)
+    figure.legend([handles[label] for label in labels], labels, loc="outside upper center", ncols=in_a_row)
     return figure
 
 
@@ -125,13 +126,14 @@ def aggregate(over_tasks: Aggregates, baseline: str | None, score: str, look: di
         panels.append((over_tasks.iqm, f"interquartile mean of the\n{score}, normalised"))
     if over_tasks.improvement:
         panels.append((over_tasks.improvement, f"probability of improvement\nover {baseline}, {score}"))
-    longest = max(len(own) for own, _ in panels)
-    figure = Figure(figsize=(WIDTH, 1.5 + 0.32 * longest), layout="constrained")
-    for axis, (own, words) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for i, (label, estimate) in enumerate(own.items()):
-            _interval(axis, i, estimate, look[label])
-        axis.set(xlabel=words, ylim=(len(own) - 0.4, -0.6))
-        axis.set_yticks(range(len(own)), list(own))
+    labels = [label for label in look if any(label in own for own, _ in panels)]
+    figure = Figure(figsize=(WIDTH, 1.3 + 0.32 * len(labels)), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, (own, words) in zip(axes, panels, strict=True):
+        for label, estimate in own.items():
+            _interval(axis, labels.index(label), estimate, look[label])
+        axis.set(xlabel=words, ylim=(len(labels) - 0.4, -0.7))
+        axis.set_yticks(range(len(labels)), labels)
         axis.grid(visible=False, axis="y")
         if own is over_tasks.improvement:
             axis.axvline(0.5, color="0.5", linewidth=1, zorder=0)

@@ -89,7 +89,7 @@ def find_runs(folder: Path, metric: str, notes: list[str]) -> list[Run]:
         except (ValueError, UnicodeDecodeError):
             notes.append(f"{file} is not whole; the run is read from its CSV files, where it has some.")
             continue
-        if runs := list(_reports(data)):
+        if isinstance(data, dict) and (runs := list(_reports(data))):
             reports[file.parent] += runs
     for place in sorted(folder.rglob("scalars")):
         if (place / "counters_total_frames.csv").is_file() or (place.parent / "texts").is_dir():
@@ -103,7 +103,7 @@ def find_runs(folder: Path, metric: str, notes: list[str]) -> list[Run]:
     return _join(runs, notes)
 
 
-def _reports(data: object) -> Iterator[tuple[str, str, int, dict]]:
+def _reports(data: dict) -> Iterator[tuple[str, str, int, dict]]:
     """Task, algorithm, seed and evaluations of all runs in the content of a JSON file; none if it is another's."""
     try:
         for environment, tasks in data.items():

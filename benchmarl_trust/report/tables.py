@@ -65,9 +65,9 @@ def write_csv(cells: list[Cell], aggregates: Aggregates, out: Path) -> list[Path
     """``report.csv``, a row per task and arm, and where there is something over tasks ``aggregate.csv``."""
     names = [*SCORES, "time_s", "kl"]
     header = ["task", "label", "algorithm", "seeds", "frames"] + [f"{n}_{of}" for n in names for of in ("mean", "std")]
-    rows = [header]
+    rows: list[list] = [header]
     for cell in cells:
-        values = [f(cell.scores[name]) for name in names for f in (np.mean, _deviation)]
+        values = [float(f(cell.scores[name])) for name in names for f in (np.mean, _deviation)]
         seeds = " ".join(map(str, cell.seeds))
         rows.append([cell.task, cell.label, cell.algorithm, seeds, cell.frames, *map(_plain, values)])
     files = [_write(rows, out / "report.csv")]
