@@ -114,8 +114,8 @@ def _text(
     limit = "" if options.frames is None else f" up to {options.frames} frames"
     parts = [
         "# Report",
-        f"Of the {_what(options)}{limit}: the final and the best evaluation and the area under the curve (its mean over "
-        "frames), mean ± standard deviation over seeds; wall time and KL per iteration, means over seeds.",
+        f"Of the {_what(options)}{limit}: the final and the best evaluation and the area under the curve (its mean "
+        "over frames), mean ± standard deviation over seeds; wall time and KL per iteration, means over seeds.",
         tables.by_task(cells),
     ]
     if table := tables.over_tasks(over_tasks, options.baseline):

