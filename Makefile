@@ -1,4 +1,4 @@
-# make demo   sets up, trains MARS and MAPPO on vmas/balance, draws their learning curves
+# make demo   sets up, trains MARS and MAPPO on vmas/balance, ends in their report: a table and learning curves
 # make test   sets up, runs the tests but for the slow ones, about five minutes on two cores
 # make figures draws the pictures of the documentation, from data in docs/results, but for the animations
 # make animations trains HATRPO on two tasks, ten minutes on two cores, and draws an episode of each (needs OpenGL)
@@ -21,7 +21,7 @@ demo: $(VENV)/.installed-vmas
 		experiment.max_n_frames=$(DEMO_FRAMES) experiment.evaluation_interval=15000 \
 		experiment.on_policy_collected_frames_per_batch=3000 experiment.on_policy_n_envs_per_worker=30 \
 		experiment.on_policy_minibatch_size=750 hydra.sweep.dir=$(DEMO_FOLDER) > /dev/null
-	$(BIN)/python examples/learning_curves.py $(DEMO_FOLDER)
+	$(BIN)/python -m benchmarl_trust.report $(DEMO_FOLDER)
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -50,7 +50,7 @@ clean:
 	rm -rf $(VENV) outputs multirun dist build
 
 # Editable installs with versions that are known to work together (constraints.txt).
-$(VENV)/.installed-vmas: EXTRAS = vmas,plots
+$(VENV)/.installed-vmas: EXTRAS = vmas,report
 $(VENV)/.installed-test: EXTRAS = test
 $(VENV)/.installed-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -41,12 +41,12 @@ def set_frames(config: ExperimentConfig, frames: int) -> None:
     config.max_n_frames = frames
 
 
-def make_parser(doc: str, out: Path | None, files: str) -> argparse.ArgumentParser:
+def make_parser(doc: str, out: Path, files: str) -> argparse.ArgumentParser:
     """A parser with ``--out``, described by the first line of a script's docstring.
 
     Args:
         doc: the script's docstring
-        out: the default of ``--out``; without one ``out`` is missing from the result, unless it was given
+        out: the default of ``--out``
         files: what the script writes into that folder, for the help
     """
     parser = argparse.ArgumentParser(
@@ -57,7 +57,7 @@ def make_parser(doc: str, out: Path | None, files: str) -> argparse.ArgumentPars
     parser.add_argument(
         "--out",
         type=Path,
-        default=argparse.SUPPRESS if out is None else out,
+        default=out,
         metavar="FOLDER",
         help="folder for pictures and tables, created if missing",
     )

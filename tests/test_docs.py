@@ -55,3 +55,38 @@ def test_export(tmp_path):
     (use,) = re.findall(r"^```python\n(.*?)^```", (DOCS / "export.md").read_text(), re.MULTILINE | re.DOTALL)
     shell(f"python -c '{use}assert action.shape == (5, 2)'", tmp_path)
     assert re.search(r"mean return -?\d+\.\d{4} of 4 agents in 60 environments", shell(loop, tmp_path))
+
+
+@pytest.mark.slow
+def test_report(tmp_path):
+    """The page's commands, with shorter training."""
+    pytest.importorskip("rliable")
+    preset = "experiment=vmas_laptop"
+    short = f"{preset} experiment.on_policy_n_minibatch_iters=1"
+    first, labelled, metric, bounds, saved = (
+        page.replace(preset, short).replace("max_n_frames=36000", "max_n_frames=6000") for page in commands("report.md")
+    )
+
+    def arms(output):
+        rows = [row.split("|") for row in output.splitlines() if row.startswith("| vmas/balance")]
+        return {row[2].strip(): [cell.strip() for cell in row[3:-1]] for row in rows}
+
+    found = {arm: row[:2] for arm, row in arms(shell(first, tmp_path)).items()}
+    assert found == {"mappo": ["2", "12000"], "mars": ["2", "12000"]}
+    assert arms(shell(labelled, tmp_path)).keys() == {"MARS at 0.45", "mappo, first", "mars, first"}
+    assert "no ground_rew" not in shell(metric, tmp_path)
+    output = shell(bounds, tmp_path)
+    assert "vmas/balance: -6.39 to 5.81 (200 random episodes, seed 100; MAPPO at 36000 frames, seed 100)" in output
+    again = shell(saved, tmp_path)
+    (*_, first_table), (*_, second_table) = (text.split("# Report") for text in (output, again))
+    assert first_table.split("Written")[0] == second_table.split("Written")[0]
+    files = {file.name for file in (tmp_path / "outputs" / "first").iterdir()}
+    pictures = {
+        f"{name}{end}" for name in ("learning_curves", "aggregate", "performance_profile") for end in (".png", ".svg")
+    }
+    assert pictures | {"report.md", "report.csv", "aggregate.csv"} <= files
+    (random,) = re.findall(r"^```python\n(.*?)^```", (DOCS / "report.md").read_text(), re.MULTILINE | re.DOTALL)
+    (value,) = re.findall(
+        r"tensor\((.*)\)", shell(f"python -W ignore -c '{random.replace(chr(39), chr(34))}'", tmp_path)
+    )
+    assert float(value) == pytest.approx(-6.39, abs=1)

@@ -21,6 +21,7 @@ ALLOWED = {  # layer -> (layers of ours it may import, packages of others it may
     "algorithms": ({"functional", "policy", "losses", "value", "updates", "runtime", "paths"}, {"hydra"}),
     "runtime": (set(), {"hydra"}),
     "environments": ({"paths"}, {"hydra"}),
+    "report": (set(), {"torch", "tensordict", "torchrl", "benchmarl", "hydra"}),
 }
 
 

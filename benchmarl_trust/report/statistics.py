@@ -1,0 +1,159 @@
+r"""The numbers of each task and arm.
+
+A run's evaluations are returns :math:`R(t)`, the mean over episodes, at frames :math:`t_1 < … < t_K`:
+
+.. math:: \text{final} = R(t_K), \qquad \text{best} = \max_k R(t_k), \qquad
+    \text{area} = \frac{1}{t_K - t_1} \sum_{k<K} (t_{k+1} - t_k) \frac{R(t_k) + R(t_{k+1})}{2}
+
+so that the area is the mean return over frames (trapezoid). With n seeds, a table has their mean and standard deviation
+:math:`\sqrt{\sum_i (x_i - \bar x)^2 / n}`.
+"""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarl_trust.report.runs import Curve, ReportError, Run
+
+SCORES = ("final", "best", "area")
+
+
+@dataclass
+class Cell:
+    """The runs of one task and arm that are compared.
+
+    Attributes:
+        task (str): the task.
+        label (str): the arm.
+        algorithm (str): its algorithm.
+        seeds (list of int): one per run.
+        curves (list): the metric by frames, one per run.
+        frames (int): at which the last evaluation was made.
+        scores (dict of numpy.ndarray): ``final``, ``best``, ``area``, and where logged ``time_s`` and ``kl``, [seeds].
+    """
+
+    task: str
+    label: str
+    algorithm: str
+    seeds: list[int]
+    curves: list[Curve]
+    frames: int
+    scores: dict[str, np.ndarray]
+
+    @property
+    def common(self) -> tuple[np.ndarray, np.ndarray]:
+        """The frames at which all seeds were evaluated, [K], and the values there, [seeds, K]."""
+        frames = sorted(set.intersection(*(set(curve) for curve in self.curves)))
+        return np.array(frames), np.array([[curve[at] for at in frames] for curve in self.curves])
+
+
+def area(curve: Curve) -> float:
+    """The mean over frames, by the trapezoid rule; of one evaluation its value.
+
+    Examples:
+        >>> area({10: 0.0, 20: 2.0, 40: 4.0})
+        2.3333333333333335
+    """
+    frames, values = np.array(list(curve), dtype=float), np.array(list(curve.values()))
+    return float(np.trapezoid(values, frames) / (frames[-1] - frames[0])) if len(frames) > 1 else float(values[0])
+
+
+def cells(runs: list[Run], metric: str, up_to: int | None, notes: list[str]) -> list[Cell]:
+    """The runs by task and arm, without those that cannot be compared, which are said in ``notes``.
+
+    Args:
+        runs (list of Run): as read.
+        metric (str): what is compared.
+        up_to (int, optional): look no further than these frames; None: all.
+        notes (list of str): is added to.
+
+    Raises:
+        ReportError: if nothing is left.
+    """
+    grouped: dict[tuple, list[tuple[Run, Curve]]] = defaultdict(list)
+    for run in runs:
+        curve = {at: v for at, v in sorted(run.curves.get(metric, {}).items()) if up_to is None or at <= up_to}
+        if note := _unfit(run, curve, metric, up_to):
+            notes.append(note)
+        else:
+            grouped[run.task, run.label].append((run, curve))
+    found = [_cell(own, up_to, notes) for own in grouped.values()]
+    if not found:
+        raise ReportError("No run can be reported.\n" + "\n".join(f"- {note}" for note in notes))
+    _note_differences(found, notes)
+    return found
+
+
+def _unfit(run: Run, curve: Curve, metric: str, up_to: int | None) -> str | None:
+    """Why a run cannot be compared."""
+    if not curve and run.curves.get(metric):
+        return f"{run.name}: no {metric} in its first {up_to} frames, left out. Take more --frames."
+    if not curve and metric == "return":
+        return (
+            f"{run.name}: empty, no evaluation in its {run.frames} frames, left out. Run it with "
+            "experiment.evaluation=True and an evaluation_interval that is a multiple of the frames per batch."
+        )
+    if not curve:
+        has = ", ".join(name for name, own in run.curves.items() if own)
+        return f"{run.name}: no {metric}, left out. It has {has or 'nothing'}, and what its CSV files are called."
+    if bad := [at for at, value in curve.items() if not math.isfinite(value)]:
+        return (
+            f"{run.name}: {metric} is not finite at {bad[0]} frames, left out. --frames {bad[0] - 1} looks before it."
+        )
+    if not run.finished and (up_to is None or run.frames < up_to):
+        return (
+            f"{run.name}: unfinished, {run.frames} of {run.planned} frames, left out. Go on with it "
+            f"(python -m benchmarl.resume, docs/checkpoints.md), or compare all at --frames {max(curve)}."
+        )
+    return None
+
+
+def _cell(own: list[tuple[Run, Curve]], up_to: int | None, notes: list[str]) -> Cell:
+    """Of the runs of one arm; shorter ones are left out."""
+    longest = max(max(curve) for _, curve in own)
+    for run, curve in own:
+        if max(curve) < longest:
+            notes.append(
+                f"{run.name}: last evaluated at {max(curve)} frames, other seeds at {longest}, left out. Compare "
+                f"all at --frames {max(curve)}."
+            )
+    own = [(run, curve) for run, curve in own if max(curve) == longest]
+    curves = [curve for _, curve in own]
+    scores = {
+        "final": np.array([curve[longest] for curve in curves]),
+        "best": np.array([max(curve.values()) for curve in curves]),
+        "area": np.array([area(curve) for curve in curves]),
+    }
+    limit = math.inf if up_to is None else up_to
+    time = [max((v for at, v in run.curves["time_s"].items() if at <= limit), default=math.nan) for run, _ in own]
+    kl = [[v for at, v in run.curves["kl"].items() if at <= limit] for run, _ in own]
+    scores["time_s"] = np.array(time)
+    scores["kl"] = np.array([np.mean(values) if values else math.nan for values in kl])
+    first = own[0][0]
+    cell = Cell(first.task, first.label, first.algorithm, [run.seed for run, _ in own], curves, longest, scores)
+    if len(own) < 2:
+        notes.append(f"{first.task}, {first.label}: one seed, so nothing is known of the spread. Run more: seed=0,1,2.")
+    elif len(cell.common[0]) < min(len(curve) for curve in curves):
+        notes.append(
+            f"{first.task}, {first.label}: seeds were evaluated at different frames; the picture shows those that all "
+            "have."
+        )
+    return cell
+
+
+def _note_differences(found: list[Cell], notes: list[str]) -> None:
+    """Between the arms of a task."""
+    by_task = defaultdict(list)
+    for cell in found:
+        by_task[cell.task].append(cell)
+    for task, own in by_task.items():
+        if len({cell.frames for cell in own}) > 1:
+            lengths = ", ".join(f"{cell.label} {cell.frames}" for cell in own)
+            notes.append(
+                f"{task}: unequal frames ({lengths}), not comparable. Compare all at --frames "
+                f"{min(cell.frames for cell in own)}."
+            )
+        if len({len(cell.seeds) for cell in own}) > 1:
+            notes.append(f"{task}: unequal seeds ({', '.join(f'{cell.label} {len(cell.seeds)}' for cell in own)}).")
