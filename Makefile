@@ -5,7 +5,7 @@
 # make test-gpu runs the tests of what a GPU does, on one where there is one, else on a simulated one (tests/simcuda)
 # make check  runs the slow tests (further algorithms, tasks and processes), make test-gpu and make lint
 # make matrix runs every algorithm on every task and model, and all combinations of keys; writes docs/matrix.md
-# make lint   ruff check and format check
+# make lint   ruff check and format check, pyright on the package
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -45,6 +45,7 @@ matrix: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
 	rm -rf $(VENV) outputs multirun dist build

@@ -4,7 +4,7 @@ Importing the package registers its algorithms with BenchMARL. With ``python -m 
 imported: Hydra finds the package by itself.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from benchmarl_trust import algorithms
 from benchmarl_trust.algorithms import *  # noqa: F403

@@ -31,7 +31,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from benchmarl.experiment import Experiment
@@ -39,16 +39,17 @@ from benchmarl.models import Deepsets, Gnn
 from benchmarl.models.common import Model
 from benchmarl.models.gru import MultiAgentGRU
 from benchmarl.models.lstm import MultiAgentLSTM
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictParams
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torchrl.data.tensor_specs import CategoricalBox
 from torchrl.envs import ExplorationType, set_exploration_type
 
 from benchmarl_trust.algorithms.twins import group_policy
 from benchmarl_trust.policy import GroupPolicy
-from benchmarl_trust.policy.head import CategoricalHead, Head
+from benchmarl_trust.policy.head import CategoricalHead, Head, NormalHead
 
 
 class Entry(NamedTuple):
@@ -76,13 +77,16 @@ class OneAgent(nn.Module):
         agent (int): the agent's place in the group, whose bounds are taken.
     """
 
+    centre: Tensor
+    half_width: Tensor
+
     def __init__(self, body: TensorDictModuleBase, head: Head, entries: list[Entry], agent: int):
         super().__init__()
         self.body = _plain(copy.deepcopy(body))
         for parameter in self.body.parameters():  # rows of the group's: with memory of its own no other row is saved
             parameter.data = parameter.data.clone()
         self.head, self.entries = head, entries
-        if getattr(head, "squashed", False):
+        if isinstance(head, NormalHead) and head.squashed:
             kwargs = head.module.distribution_kwargs
             low, high = (torch.as_tensor(kwargs.get(key, bound)) for key, bound in (("low", -1.0), ("high", 1.0)))
             low, high = (bound[agent] if bound.ndim > 1 else bound for bound in (low, high))
@@ -188,7 +192,7 @@ class _Policy(NamedTuple):
 
 def _policies(experiment: Experiment, group: str, agent: int | None) -> Iterator[_Policy]:
     """The policies of a group, traced and compared with the experiment's."""
-    policy = experiment.algorithm.get_policy_for_loss(group)
+    policy = cast(ProbabilisticTensorDictSequential, experiment.algorithm.get_policy_for_loss(group))
     view = _one_by_one(experiment, group, policy)
     entries = _entries(experiment, group, view)
     inputs = _example(experiment, entries, len(view.agents))
@@ -242,7 +246,7 @@ def _entries(experiment: Experiment, group: str, view: GroupPolicy) -> list[Entr
 
 def _name(key: NestedKey, group: str) -> str:
     path = (key,) if isinstance(key, str) else key
-    return "_".join(part.lstrip("_") for part in path if part != group)
+    return "_".join(str(part).lstrip("_") for part in path if part != group)
 
 
 def _example(experiment: Experiment, entries: list[Entry], n_agents: int, batch: int = 4) -> list[Tensor]:
@@ -328,7 +332,7 @@ def _plain(module: nn.Module) -> nn.Module:
         if isinstance(child, MultiAgentGRU | MultiAgentLSTM):
             kind = "gru" if isinstance(child, MultiAgentGRU) else "lstm"
             network = getattr(child, f"_empty_{kind}")
-            child.params.to_module(network)
+            cast(TensorDictParams, child.params).to_module(network)
             setattr(module, name, Step(getattr(network, f"{kind}s")))
         else:
             _plain(child)
@@ -340,7 +344,7 @@ def _bounds(experiment: Experiment, group: str) -> list[dict]:
     spec = experiment.action_spec[group, "action"]
     n_agents = len(experiment.group_map[group])
     if not experiment.continuous_actions:
-        return [{"n": int(spec.space.n)}] * n_agents
+        return [{"n": int(cast(CategoricalBox, spec.space).n)}] * n_agents
     bounds = {side: getattr(spec.space, side).expand(spec.shape).tolist() for side in ("low", "high")}
     return [{side: [_finite(x) for x in bounds[side][i]] for side in bounds} for i in range(n_agents)]
 
@@ -368,7 +372,7 @@ def _description(
     if not experiment.continuous_actions:
         tensors[0] |= bounds
     else:
-        tensors[0] |= bounds | {"within_bounds": head.squashed}
+        tensors[0] |= bounds | {"within_bounds": isinstance(head, NormalHead) and head.squashed}
     return {
         "group": group,
         "agents": agents,
@@ -392,7 +396,7 @@ def _write_onnx(program: ExportedProgram, description: dict, file: Path) -> None
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # of the exporter's, on its own libraries
         written = torch.onnx.export(program, dynamo=True, input_names=names[0], output_names=names[1], verbose=False)
-    written.save(file, external_data=False)
+    cast("torch.onnx.ONNXProgram", written).save(file, external_data=False)
 
 
 #: By name: how a file's name ends, and what writes it.

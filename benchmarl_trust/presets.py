@@ -4,10 +4,11 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
+from typing import cast
 
 import benchmarl
 from benchmarl.experiment import ExperimentConfig
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from benchmarl_trust.paths import conf_folder
 
@@ -41,10 +42,11 @@ def experiment_config(preset: str | None = None, **overrides: object) -> Experim
     keys = [field.name for field in fields(ExperimentConfig)]
     for key in overrides:
         _check_known("experiment key", key, keys)
-    values = [OmegaConf.load(files[name]) for name in dict.fromkeys((BASE, preset or BASE))]
+    values = [cast(DictConfig, OmegaConf.load(files[name])) for name in dict.fromkeys((BASE, preset or BASE))]
     for value in values:
         value.pop("defaults")  # Hydra's list, which says the order that is written out here
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ExperimentConfig), *values, overrides))
+    merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), *values, overrides)
+    return cast(ExperimentConfig, OmegaConf.to_object(merged))
 
 
 def _check_known(kind: str, name: str, known: Iterable[str]) -> None:

@@ -38,5 +38,5 @@ def _register_task(task: TrustGamesTask) -> None:
     ConfigStore.instance().store(group="task", name=f"{environment}_{name}_config", node=task.schema())
     # BenchMARL looks for a task's schema in a module of its own package; without one it warns and checks nothing.
     module = ModuleType(f"benchmarl.environments.{environment}.{name}")
-    module.TaskConfig = task.schema()
+    vars(module)["TaskConfig"] = task.schema()
     sys.modules[module.__name__] = module

@@ -26,6 +26,23 @@ def shell(command: str, cwd: Path) -> str:
     return output
 
 
+def test_contributing_names_what_is_there():
+    root = DOCS.parent
+    text = (root / "CONTRIBUTING.md").read_text()
+    assert len(text.splitlines()) < 120
+    named = set(re.findall(r"^make (\S+)$|`make ([a-z-]+)`", text, re.MULTILINE))
+    targets = re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(), re.MULTILINE)
+    assert len(named) >= 5
+    assert {first or second for first, second in named} <= set(targets)
+    paths = set(re.findall(r"(?:`|\()((?:tests|docs|conf|algorithms)/[\w/.]*)(?:`|\))", text))
+    assert len(paths) >= 8
+    for path in paths:
+        assert (root / path).exists() or (root / "benchmarl_trust" / path).exists(), path
+    for selected in re.findall(r"-m pytest (.+)$", text, re.MULTILINE):
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-qq", *selected.split()]
+        assert subprocess.run(command, cwd=root, capture_output=True, check=False).returncode == 0, selected
+
+
 @pytest.mark.slow
 def test_checkpoints(tmp_path):
     first, after_a_crash, longer, warm, evaluate = commands("checkpoints.md")

@@ -23,7 +23,7 @@ from benchmarl_trust import MarsConfig
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BENCHMARKS = EXAMPLES.parent / "benchmarks"
 WITH_ARGUMENTS = [script for folder in (EXAMPLES, BENCHMARKS) for script in sorted(folder.glob("*.py"))]
-for name in ("_common.py", "torchrl_only.py", "parallel_collection.py"):
+for name in ("_common.py", "torchrl_only.py", "torchrl_only_hatrpo.py", "parallel_collection.py"):
     WITH_ARGUMENTS.remove(EXAMPLES / name)
 
 
@@ -100,13 +100,19 @@ def test_of_two_choices_the_last_counts(load):
     assert (settings["task"].name, type(settings["algorithm_config"]).__name__) == ("NAVIGATION", "GpaeConfig")
 
 
-def test_torchrl_only(script):
-    assert len((EXAMPLES / "torchrl_only.py").read_text().splitlines()) < 80
-    (line,) = [line for line in script(EXAMPLES / "torchrl_only.py", 1).splitlines() if "mean of M" in line]
-    first, *others = map(float, line.split("mean of M")[1].split())
+@pytest.mark.parametrize("name", ["torchrl_only", "torchrl_only_hatrpo"])
+def test_torchrl_only(name, script):
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 90
+    (line,) = [line for line in script(EXAMPLES / f"{name}.py", 1).splitlines() if "mean of M" in line]
+    factors, *kls = line.split("mean of M")[1].split("KL")
+    first, *others = map(float, factors.split())
     assert first == 1
     assert all(0.9 < factor < 1.1 for factor in others)
     assert any(factor != 1 for factor in others)
+    assert len(kls) == (name == "torchrl_only_hatrpo")
+    for spent in kls:
+        assert len(spent.split()) == 3
+        assert all(0.001 < float(kl) <= 0.01 for kl in spent.split())
 
 
 def test_joint_constraint(tmp_path, script):

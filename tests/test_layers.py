@@ -25,8 +25,9 @@ ALLOWED = {  # layer -> (layers of ours it may import, packages of others it may
 }
 
 
-#: Annotations that are nothing but Any: OmegaConf has no union of a string and a list, and no list of any depth.
-ANY = {("sequential.py", "order"), ("trust_games.py", "payoff")}
+#: Annotations that are nothing but Any: OmegaConf has no union of a string and a list, and no list of any depth; a
+#: field is of the type that its key is annotated with.
+ANY = {("sequential.py", "order"), ("trust_games.py", "payoff"), ("keys.py", "setting")}
 
 
 def examples(file: Path) -> str:

@@ -5,6 +5,7 @@ import os
 from typing import NoReturn
 
 import torch
+from torchrl.data.utils import DEVICE_TYPING
 
 #: Bytes that any agent takes per frame at least: its reward, log-prob, value, its target and the advantage, the ratio
 #: of older data, an observation and an action of one number each, 4 bytes each.
@@ -20,7 +21,7 @@ def refuse(key: str, value: object, reason_and_cure: str) -> NoReturn:
     raise ValueError(f"algorithm.{key}={value}: {reason_and_cure}")
 
 
-def check_memory(n_rollouts: int, frames: int, device: torch.device | str, frame_bytes: int = LEAST_BYTES) -> None:
+def check_memory(n_rollouts: int, frames: int, device: DEVICE_TYPING, frame_bytes: int = LEAST_BYTES) -> None:
     """Refuse to keep more batches than the device's whole memory holds.
 
     Args:

@@ -3,16 +3,17 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from benchmarl.algorithms import Mappo, MappoConfig
 from benchmarl.algorithms.common import AlgorithmConfig
 from benchmarl.experiment import ExperimentConfig
 from benchmarl.utils import _read_yaml_config
-from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from tensordict import TensorDictBase, TensorDictParams
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
 from torch import Tensor
-from torchrl.data import TensorDictReplayBuffer
+from torchrl.data import ReplayBuffer
 from torchrl.envs import Transform
 from torchrl.objectives import LossModule
 
@@ -110,7 +111,9 @@ class TrustRegion(Mappo):
         LatestCheckpoint.of(self.experiment)
         self.estimator = ESTIMATORS[estimator](self, truncation, eta, n_rollouts)
 
-    def _get_loss(self, group: str, policy_for_loss: TensorDictModule, continuous: bool) -> tuple[LossModule, bool]:
+    def _get_loss(
+        self, group: str, policy_for_loss: ProbabilisticTensorDictSequential, continuous: bool
+    ) -> tuple[LossModule, bool]:
         loss = self.loss_class(
             policy_for_loss,
             self.get_critic(group),
@@ -140,7 +143,8 @@ class TrustRegion(Mappo):
 
     def _get_parameters(self, group: str, loss: LossModule) -> dict[str, list]:
         """MAPPO's, without what is no parameter of the networks: running statistics."""
-        parameters = super()._get_parameters(group, loss)
+        # MAPPO names the class of its own loss.
+        parameters = super()._get_parameters(group, loss)  # pyright: ignore[reportArgumentType]
         return {name: [p for p in each if isinstance(p, torch.nn.Parameter)] for name, each in parameters.items()}
 
     def get_critic(self, group: str) -> TensorDictModuleBase:
@@ -151,7 +155,7 @@ class TrustRegion(Mappo):
         shape = () if self.share_param_critic else (len(self.group_map[group]), 1)
         return NormalizedCritic(critic, (group, "state_value"), (group, "normalized_value"), shape, self.device)
 
-    def get_replay_buffer(self, group: str, transforms: list[Transform] | None = None) -> TensorDictReplayBuffer:
+    def get_replay_buffer(self, group: str, transforms: list[Transform] | None = None) -> ReplayBuffer:
         """The buffer of the batches that the estimator trains on."""
         return self.estimator.buffer(group, transforms)
 
@@ -193,11 +197,15 @@ class TrustRegion(Mappo):
             batch.set((group, "value_target"), critic.normalize(target))
 
     @contextmanager
-    def _critic_of(self, group: str) -> Iterator[TensorDictModuleBase]:
+    def _critic_of(self, group: str) -> Iterator[NormalizedCritic]:
         """The group's critic with its parameters and statistics, which the loss keeps apart from it."""
-        loss, _ = self.get_loss_and_updater(group)
-        with loss.critic_network_params.to_module(loss.critic_network):
-            yield loss.critic_network
+        loss = self._loss(group)
+        critic = cast(NormalizedCritic, loss.critic_network)
+        with cast(TensorDictParams, loss.critic_network_params).to_module(critic):
+            yield critic
+
+    def _loss(self, group: str) -> SurrogateLoss:
+        return cast(SurrogateLoss, self.get_loss_and_updater(group)[0])
 
     def _follow_schedules(self, group: str) -> dict[str, float]:
         """Set the iteration's learning rates and ε, if they have a schedule; returns what is logged of them."""
@@ -207,8 +215,9 @@ class TrustRegion(Mappo):
             set_lr(self.experiment.optimizers[group].values(), values["lr"])
         if self.epsilon_schedule.moves:
             factor = self.epsilon_schedule.factor(self.experiment)
-            self.epsilon = tuple(factor * radius for radius in self.full_epsilon)
-            self.get_loss_and_updater(group)[0].epsilon = self.epsilon
+            negative, positive = self.full_epsilon
+            self.epsilon = (factor * negative, factor * positive)
+            self._loss(group).epsilon = self.epsilon
             values["policy/epsilon"] = self.epsilon[1]
         return values
 

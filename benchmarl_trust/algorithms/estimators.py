@@ -5,23 +5,25 @@ An algorithm has one, named by its key ``estimator``, and asks it for whatever d
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from benchmarl.algorithms import EnsembleAlgorithmConfig, Mappo
 from benchmarl.models.common import EnsembleModelConfig, ModelConfig, SequenceModelConfig
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModule
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictModuleBase
 from torch import Tensor
 from torchrl.data import (
     Categorical,
     Composite,
     LazyTensorStorage,
     OneHot,
+    ReplayBuffer,
     SamplerWithoutReplacement,
     TensorDictReplayBuffer,
     Unbounded,
 )
+from torchrl.data.utils import DEVICE_TYPING
 from torchrl.envs import Compose, Transform
 from torchrl.objectives import ValueEstimators
 
@@ -83,15 +85,16 @@ class GaeEstimator:
         """The value network."""
         return Mappo.get_critic(self.algorithm, group)
 
-    def attach(self, group: str, loss: SurrogateLoss, policy: TensorDictModule) -> None:
+    def attach(self, group: str, loss: SurrogateLoss, policy: ProbabilisticTensorDictSequential) -> None:
         """Make the loss's value estimator, which MAPPO's ``process_batch`` calls."""
         loss.make_value_estimator(
             ValueEstimators.GAE, gamma=self.algorithm.experiment_config.gamma, lmbda=self.algorithm.lmbda
         )
 
-    def buffer(self, group: str, transforms: list[Transform] | None) -> TensorDictReplayBuffer:
+    def buffer(self, group: str, transforms: list[Transform] | None) -> ReplayBuffer:
         """The group's buffer."""
-        return Mappo.get_replay_buffer(self.algorithm, group, transforms)
+        # MAPPO's own default is None.
+        return Mappo.get_replay_buffer(self.algorithm, group, transforms)  # pyright: ignore[reportArgumentType]
 
     def with_kept(self, group: str, batch: TensorDictBase) -> TensorDictBase:
         """The batches to train on: this one."""
@@ -199,7 +202,7 @@ class GpaeEstimator(GaeEstimator):
             device=algorithm.device,
         )
 
-    def attach(self, group: str, loss: SurrogateLoss, policy: TensorDictModule) -> None:
+    def attach(self, group: str, loss: SurrogateLoss, policy: ProbabilisticTensorDictSequential) -> None:
         """Make the loss's value estimator. With older data the loss's ratios are against the policy of the iteration's
         start, weighted, and what cannot be weighted is masked.
         """
@@ -210,7 +213,7 @@ class GpaeEstimator(GaeEstimator):
             gamma=self.algorithm.experiment_config.gamma,
             lmbda=self.algorithm.lmbda,
             actor_network=policy,
-            value_network=loss.critic_network,
+            value_network=cast(TensorDictModuleBase, loss.critic_network),
             truncation=self.truncation,
             eta=self.eta,
             off_policy=self.off_policy,
@@ -222,9 +225,10 @@ class GpaeEstimator(GaeEstimator):
             value=(group, "state_value"),
             sample_log_prob=(group, "log_prob"),
         )  # done and terminated stay those of the root: the team's
-        loss.make_value_estimator(estimator)
+        # It takes an estimator too, as its docstring says.
+        loss.make_value_estimator(estimator)  # pyright: ignore[reportArgumentType]
 
-    def buffer(self, group: str, transforms: list[Transform] | None) -> TensorDictReplayBuffer:
+    def buffer(self, group: str, transforms: list[Transform] | None) -> ReplayBuffer:
         """BenchMARL's buffer, with room for ``n_rollouts`` batches."""
         buffer = super().buffer(group, transforms)
         if not self.off_policy:
@@ -232,10 +236,11 @@ class GpaeEstimator(GaeEstimator):
         envs, steps = self._batch_shape
         rows = envs if self.algorithm.has_rnn else envs * steps
         return TensorDictReplayBuffer(
-            storage=LazyTensorStorage(rows * self.n_rollouts, device=self.algorithm.device),
+            storage=LazyTensorStorage(rows * self.n_rollouts, device=torch.device(self.algorithm.device)),
             sampler=SamplerWithoutReplacement(),
             batch_size=buffer._batch_size,
-            transform=Compose(*transforms) if transforms is not None else None,
+            # Compose annotates each of its transforms as a list of them.
+            transform=Compose(*transforms) if transforms is not None else None,  # pyright: ignore[reportArgumentType]
         )
 
     def n_batches(self, batch: TensorDictBase) -> int:
@@ -257,7 +262,7 @@ class GpaeEstimator(GaeEstimator):
             return batch
         kept = buffer.storage[: len(buffer)].reshape(-1, length)[-rows * (self.n_rollouts - 1) :]
         kept = kept.select(*batch.keys(True, True)).to(batch.device)
-        batch = torch.cat([kept, batch])
+        batch = cast(TensorDictBase, torch.cat([kept, batch]))
         buffer.empty()
         return batch
 
@@ -383,7 +388,7 @@ def counterfactual_critic(
     observation_spec: Composite,
     state_spec: Composite | None,
     action_spec: Composite,
-    device: torch.device | str,
+    device: DEVICE_TYPING,
 ) -> CounterfactualCritic:
     """A BenchMARL model as a counterfactual critic.
 
@@ -410,17 +415,17 @@ def counterfactual_critic(
     # The task's specs are on the sampling device, one made here is on the CPU: they are put together there.
     if state_spec is not None:
         input_spec, key, shape = state_spec.clone().to("cpu"), TABLE, (*extra, n_agents * width)
-        input_spec[TABLE] = Unbounded(shape)
+        input_spec[TABLE] = Unbounded(torch.Size(shape))
     else:
         input_spec, key, shape = (
             Composite({group: observation_spec[group].clone().to("cpu")}),
             (group, TABLE),
             (n_agents, *extra, width),
         )
-        input_spec[group][TABLE] = Unbounded(shape)
+        input_spec[group][TABLE] = Unbounded(torch.Size(shape))
     network = model_config.get_model(
         input_spec=input_spec.to(device),
-        output_spec=Composite({"state_value": Unbounded(shape=(1,))}),
+        output_spec=Composite({"state_value": Unbounded(shape=torch.Size((1,)))}),
         n_agents=n_agents,
         centralised=True,
         input_has_agent_dim=state_spec is None,

@@ -6,8 +6,8 @@ Values live in the yaml files alone: such a field has no default. The tests refu
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import Field, dataclass, field, fields
-from typing import NoReturn
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from benchmarl.algorithms.common import AlgorithmConfig
@@ -15,6 +15,9 @@ from benchmarl.experiment import ExperimentConfig
 from tensordict.nn.utils import mappings
 
 from benchmarl_trust import functional as F
+
+if TYPE_CHECKING:
+    from benchmarl_trust.algorithms.sequential import Sequential
 
 #: What is larger is a slip of the keyboard, or infinity by another name.
 LARGEST = 1e12
@@ -80,7 +83,7 @@ class Radius(Number):
     def check(self, name: str, value: object, config: AlgorithmConfig | ExperimentConfig) -> None:
         """See :func:`benchmarl_trust.functional.check_surrogate`."""
         if value is not None or not self.null:
-            F.check_surrogate(config.surrogate, value, key=name)
+            F.check_surrogate(vars(config)["surrogate"], value, key=name)
         super().check(name, value, config)
 
 
@@ -142,13 +145,18 @@ class Order(Rule):
 
     def check(self, name: str, value: object, config: AlgorithmConfig | ExperimentConfig) -> None:
         """By its kind."""
-        names = config.associated_class().orders
+        names = cast("type[Sequential]", cast(AlgorithmConfig, config).associated_class()).orders
         if value is None or (isinstance(value, str) and value in names):
             return
         if isinstance(value, str) and value in self.elsewhere:
             raise ValueError(f"{name}={value}: {self.elsewhere[value]}")
-        whole = isinstance(value, list) and len(value) > 0 and all(type(i) is int for i in value)
-        if not whole or sorted(value) != list(range(len(value))):
+        permutation = (
+            isinstance(value, list)
+            and len(value) > 0
+            and all(type(i) is int for i in value)
+            and sorted(value) == list(range(len(value)))
+        )
+        if not permutation:
             last = len(value) - 1 if isinstance(value, list) and value else "n-1"
             wanted = f"one of {', '.join(names)}, or a permutation of 0 ... {last} as a list, such as [2,0,1]"
             self._refuse(name, value, wanted)
@@ -163,8 +171,12 @@ class TeamLists(Rule):
 
     def check(self, name: str, value: object, config: AlgorithmConfig | ExperimentConfig) -> None:
         """By its kind."""
-        lists = value is None or (isinstance(value, list) and all(isinstance(team, list) and team for team in value))
-        if not lists or not all(isinstance(group, str) for team in value or [] for group in team):
+        if value is None:
+            return
+        lists = isinstance(value, list) and all(
+            isinstance(team, list) and team and all(isinstance(group, str) for group in team) for team in value
+        )
+        if not lists:
             self._refuse(name, value, "or a list of lists of names of groups, such as [[speaker,listener]]")
 
 
@@ -187,8 +199,8 @@ class ScaleMapping(Rule):
             )
 
 
-def setting(rule: Rule) -> Field:
-    """The field of a key with its rule."""
+def setting(rule: Rule) -> Any:
+    """The field of a key with its rule; of any type to a type checker, as that of ``dataclasses.field``."""
     return field(metadata={"rule": rule})
 
 

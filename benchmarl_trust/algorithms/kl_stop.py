@@ -4,9 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from benchmarl.experiment import Callback
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
+
+from benchmarl_trust.runtime import OwnCallback
 
 
 @dataclass
@@ -21,7 +22,7 @@ class _Turn:
     stopped: bool = False
 
 
-class KlStop(Callback):
+class KlStop(OwnCallback):
     """Ends a group's policy steps of an iteration once, after an epoch, its KL exceeds a target.
 
     BenchMARL's loop makes all its optimizer steps. Once a group has stopped, its algorithm hands the loop no policy

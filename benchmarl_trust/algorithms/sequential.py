@@ -7,11 +7,11 @@ BenchMARL's loop then trains the critic (the *critic phase*), since the loss tha
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule
+from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import Tensor
 from torchrl.objectives import LossModule
 
@@ -57,6 +57,7 @@ class Sequential(TrustRegion):
     orders: tuple[str, ...] = ("random", "fixed", "semi_greedy")
     #: What a shared policy means for this kind of update; part of a warning.
     shared_policy_note: str = ""
+    factor: str  # no preset in turns has null, and its rule refuses that
 
     def __init__(self, order: str | list[int] | None, advantage: str, teams: list[list[str]] | None, **kwargs):
         super().__init__(**kwargs)
@@ -77,7 +78,9 @@ class Sequential(TrustRegion):
         self._policies: dict[str, GroupPolicy] = {}
         self._batches: dict[str, TensorDictBase] = {}
 
-    def _get_loss(self, group: str, policy_for_loss: TensorDictModule, continuous: bool) -> tuple[LossModule, bool]:
+    def _get_loss(
+        self, group: str, policy_for_loss: ProbabilisticTensorDictSequential, continuous: bool
+    ) -> tuple[LossModule, bool]:
         self._check_order(group)
         policy = self._policies[group] = group_policy(self, group, policy_for_loss, continuous)
         if policy.shared:
@@ -187,12 +190,14 @@ class Sequential(TrustRegion):
         if self.order in (None, "random"):
             return torch.randperm(len(agents), generator=self.generator, device=self.device).tolist()
         if self.order == "semi_greedy":
-            columns = (torch.stack([agent.data[key] for agent in agents], -1) for key in ("advantage", "value"))
+            advantage, value = (
+                torch.stack([agent.data[key] for agent in agents], -1) for key in ("advantage", "value")
+            )
             present = [
                 agent.data.get("mask", torch.ones_like(agent.data["value"], dtype=torch.bool)) for agent in agents
             ]
-            return semi_greedy(advantage_score(*columns, torch.stack(present, -1)), self.generator)
-        return list(range(len(agents))) if self.order == "fixed" else list(self.order)
+            return semi_greedy(advantage_score(advantage, value, torch.stack(present, -1)), self.generator)
+        return list(range(len(agents))) if self.order == "fixed" else list(cast(list[int], self.order))
 
     @torch.no_grad()
     def _log(self, team: list[str], agents: list[Agent], infos: list[PositionInfo], chunk: int | None) -> None:
@@ -228,7 +233,7 @@ class Sequential(TrustRegion):
         """What is logged of a group's policies as the iteration leaves them, [N] each. ``outputs`` and ``data`` are
         [*, N]. The KL is that on the newest batch's ``rows``, as simultaneous algorithms have it.
         """
-        newest, mask = data[-rows:], data.get("mask", None)
+        newest, mask = cast(TensorDict, data[-rows:]), data.get("mask", None)
         kl = head.kl(old_outputs(newest), tuple(x[-rows:] for x in outputs))
         return {
             "kl": F.mean_of_each(kl, newest.get("mask", None)),

@@ -1,6 +1,7 @@
 """The sequential algorithms whose agents take epochs of minibatch gradient steps."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from benchmarl.experiment import ExperimentConfig
@@ -18,6 +19,7 @@ from benchmarl_trust.updates import (
     GradientStep,
     MinibatchEpochs,
     PositionInfo,
+    StepInfo,
     exceeds_kl,
     shuffles,
     sweep,
@@ -96,7 +98,8 @@ class SequentialGradient(Sequential):
         infos, step, chunk = [], self._gradient_step(), self._chunk(agents)
         for k, epoch in enumerate(shuffles(len(agents[0].data), self.actor_epochs, self.generator, rows)):
             if correction is not None and k > 0:
-                moved = sum(log_ratio_of(a.policy, forward(a, a.data, chunk), a.data) for a in agents)
+                log_ratios = (log_ratio_of(a.policy, forward(a, a.data, chunk), a.data) for a in agents)
+                moved = cast(Tensor, sum(log_ratios))
                 for i, agent in enumerate(agents):
                     agent.data["advantage"] = correction(i, moved)
             for minibatch in epoch.split(chunk):
@@ -107,7 +110,7 @@ class SequentialGradient(Sequential):
                 break
         if self.target_kl is None:
             return infos
-        return [info._replace(step=with_epochs(info.step, k + 1)) for info in infos]
+        return [info._replace(step=with_epochs(cast(StepInfo, info.step), k + 1)) for info in infos]
 
     def _gradient_step(self) -> GradientStep:
         config = self.experiment_config

@@ -1,8 +1,9 @@
 """The sequential algorithms whose agents take one natural-gradient step each, under a bound on the KL divergence."""
 
 from dataclasses import dataclass
+from typing import cast
 
-from tensordict.nn import TensorDictModule
+from tensordict.nn import ProbabilisticTensorDictSequential
 from torchrl.objectives import LossModule
 
 from benchmarl_trust import functional as F
@@ -139,7 +140,9 @@ class SequentialNatural(Sequential):
             key = "kl_max" if self.kl_min is None else "kl_min"
             refuse(key, getattr(self, key), "algorithm.allocation=uniform gives equal shares. Leave it at null.")
 
-    def _get_loss(self, group: str, policy_for_loss: TensorDictModule, continuous: bool) -> tuple[LossModule, bool]:
+    def _get_loss(
+        self, group: str, policy_for_loss: ProbabilisticTensorDictSequential, continuous: bool
+    ) -> tuple[LossModule, bool]:
         """As the base, once the group's team is known to have a valid budget. (In an ensemble others are not ours.)"""
         team = self.teams.of(group)
         self._check_budget("+".join(team), self.teams.size(team))
@@ -182,7 +185,7 @@ class SequentialNatural(Sequential):
     def _allocation(self, agents: list[Agent], order: list[int] | None) -> Allocation:
         total, low, high = self._budget(len(agents))
         if self.allocation == "uniform":
-            return UniformAllocation(agents, total, self.solver, order)
+            return UniformAllocation(agents, total, self.solver, cast(list[int], order))
         if self.allocation == "kkt":
             return KktAllocation(agents, total, low, high, self.solver, order, self.s_estimator)
         cap = self.kappa * total / len(agents) if self.bound == "cap" else None

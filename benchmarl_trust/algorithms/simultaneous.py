@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
-from benchmarl.experiment import Callback
 from tensordict import TensorDictBase
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictSequential
+from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictSequential
+from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.objectives import LossModule
 
@@ -18,7 +18,7 @@ from benchmarl_trust.algorithms.keys import Only, Radius, setting
 from benchmarl_trust.algorithms.kl_stop import KlStop
 from benchmarl_trust.algorithms.metrics import each_and_mean, to_host
 from benchmarl_trust.policy import Head, head_of
-from benchmarl_trust.runtime import own_callback
+from benchmarl_trust.runtime import OwnCallback, own_callback
 
 
 class Simultaneous(TrustRegion):
@@ -34,9 +34,12 @@ class Simultaneous(TrustRegion):
         self.kl_stop = None if self.target_kl is None else own_callback(self.experiment, KlStop)
         self._policies: dict[str, ProbabilisticTensorDictSequential] = {}
 
-    def _get_loss(self, group: str, policy_for_loss: TensorDictModule, continuous: bool) -> tuple[LossModule, bool]:
+    def _get_loss(
+        self, group: str, policy_for_loss: ProbabilisticTensorDictSequential, continuous: bool
+    ) -> tuple[LossModule, bool]:
         self._policies[group] = policy_for_loss
-        head_of(policy_for_loss.module[-1])  # refuses a distribution whose KL is not known
+        # It refuses a distribution whose KL is not known.
+        head_of(cast(ProbabilisticTensorDictModule, policy_for_loss[-1]))
         return super()._get_loss(group, policy_for_loss, continuous)
 
     def process_batch(self, group: str, batch: TensorDictBase) -> TensorDictBase:
@@ -51,13 +54,13 @@ class Simultaneous(TrustRegion):
         advantage = F.normalize_advantage(batch[group, "advantage"], self.normalize_advantage, mask)
         batch.set((group, "advantage"), advantage)
         if self.model_config.is_rnn:
-            loss, _ = self.get_loss_and_updater(group)
-            batch.set(loss.tensor_keys.sample_log_prob, loss.current_log_prob(batch))
+            loss = self._loss(group)
+            batch.set(cast(NestedKey, loss.tensor_keys.sample_log_prob), loss.current_log_prob(batch))
         frames = self.experiment_config.train_minibatch_size(self.on_policy)
-        parts = batch[-newest:].split(max(1, frames // batch.shape[1]))
+        parts = cast(TensorDictBase, batch[-newest:]).split(max(1, frames // batch.shape[1]))
         self.policy_metrics.remember(group, self._policies[group], partial(self.as_sampled, group), parts)
         self.normalize_targets(group, batch)
-        if self.kl_stop is not None:
+        if self.kl_stop is not None and self.target_kl is not None:
             self.kl_stop.watch(group, self.target_kl, partial(self.policy_metrics.kl, group))
         return batch
 
@@ -77,7 +80,7 @@ class _Before(NamedTuple):
     mask: Tensor | None
 
 
-class PolicyMetrics(Callback):
+class PolicyMetrics(OwnCallback):
     """Logs of each iteration what BenchMARL's means over its minibatches do not tell.
 
     ``train/{group}/policy/ratio_min`` and ``ratio_max``, the smallest and the largest ratio; ``kl`` and ``kl_agent_i``,
@@ -107,7 +110,9 @@ class PolicyMetrics(Callback):
                 and must give the same.
             parts (sequence of TensorDictBase): the batch, [B, T], a forward pass for each.
         """
-        head, body = head_of(actor.module[-1]), TensorDictSequential(*actor.module[:-1])
+        head = head_of(cast(ProbabilisticTensorDictModule, actor[-1]))
+        # TensorDictSequential annotates each of its modules as a list of them.
+        body = TensorDictSequential(*actor.module[:-1])  # pyright: ignore[reportArgumentType, reportCallIssue]
         masks = [part.get((group, "mask"), None) for part in parts]
         mask = None if masks[0] is None else torch.cat(masks)
         ask = partial(_outputs, body, head, as_sampled, parts)

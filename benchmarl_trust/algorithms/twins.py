@@ -7,7 +7,7 @@ import torch
 from benchmarl.models import Deepsets, Gnn
 from benchmarl.models.common import Model
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, TensorDictSequential
 from torchrl.data import Composite
 
 from benchmarl_trust.policy import GroupPolicy, fork_rng, normal_extractor
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from benchmarl_trust.algorithms.common import TrustRegion
 
 
-def group_policy(algorithm: "TrustRegion", group: str, policy: TensorDictModule, continuous: bool) -> GroupPolicy:
+def group_policy(
+    algorithm: "TrustRegion", group: str, policy: ProbabilisticTensorDictSequential, continuous: bool
+) -> GroupPolicy:
     """The group's policy by agent."""
     return GroupPolicy(
         policy,
@@ -41,7 +43,7 @@ def _example(algorithm: "TrustRegion", group: str) -> TensorDict:
 
 
 def _twin_maker(
-    algorithm: "TrustRegion", group: str, policy: TensorDictModule, continuous: bool
+    algorithm: "TrustRegion", group: str, policy: ProbabilisticTensorDictSequential, continuous: bool
 ) -> Callable[[], TensorDictModuleBase] | None:
     """A function that makes the policy of one agent, without its distribution; None for graph networks.
 
@@ -68,6 +70,8 @@ def _twin_maker(
         )
         if not continuous:
             return TensorDictSequential(twin)
-        return TensorDictSequential(twin, normal_extractor(algorithm.scale_mapping, group))
+        extractor = normal_extractor(algorithm.scale_mapping, group)
+        # TensorDictSequential annotates each of its modules as a list of them.
+        return TensorDictSequential(twin, extractor)  # pyright: ignore[reportArgumentType]
 
     return make_twin

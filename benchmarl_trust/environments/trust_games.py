@@ -6,7 +6,7 @@ Shapes: ``[*]`` stands for any batch dimensions; B is the number of environments
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class _OneStepGame(EnvBase):
     """
 
     def __init__(self, action_spec: TensorSpec, num_envs: int, device: DEVICE_TYPING):
-        super().__init__(device=device, batch_size=[num_envs])
+        super().__init__(device=device, batch_size=torch.Size((num_envs,)))
         n_agents = action_spec.shape[0]
 
         def agents(**spec: TensorSpec) -> Composite:
@@ -84,9 +84,9 @@ class _OneStepGame(EnvBase):
             return Composite(agents=Composite(spec, shape=(n_agents,))).to(device)
 
         self.full_action_spec_unbatched = agents(action=action_spec)
-        self.full_observation_spec_unbatched = agents(observation=Unbounded((n_agents, n_agents)))
-        self.full_reward_spec_unbatched = agents(reward=Unbounded((n_agents, 1)))
-        flag = Binary(1, (1,), dtype=torch.bool)
+        self.full_observation_spec_unbatched = agents(observation=Unbounded(torch.Size((n_agents, n_agents))))
+        self.full_reward_spec_unbatched = agents(reward=Unbounded(torch.Size((n_agents, 1))))
+        flag = Binary(1, torch.Size((1,)), dtype=torch.bool)
         self.full_done_spec_unbatched = Composite(done=flag, terminated=flag.clone()).to(device)
 
     def _joint_reward(self, action: Tensor) -> Tensor:
@@ -144,6 +144,8 @@ class DifferentialGame(_OneStepGame):
                  [1.0400]]])
     """
 
+    start: Tensor
+
     def __init__(
         self,
         start: list[float],
@@ -154,7 +156,7 @@ class DifferentialGame(_OneStepGame):
         device: DEVICE_TYPING = "cpu",
     ):
         self._check(start, low, high, action_range)
-        action = Bounded(-float(action_range), float(action_range), (2, 1), dtype=torch.float32)
+        action = Bounded(-float(action_range), float(action_range), torch.Size((2, 1)), dtype=torch.float32)
         super().__init__(action, num_envs, device)
         self.low, self.high = low, high
         self.register_buffer("start", torch.tensor(start, dtype=torch.float32, device=device))
@@ -200,9 +202,11 @@ class MatrixGame(_OneStepGame):
                  [6.]]])
     """
 
+    payoff: Tensor
+
     def __init__(self, payoff: list, num_envs: int = 1, device: DEVICE_TYPING = "cpu"):
         tensor = self._check(payoff)
-        super().__init__(Categorical(tensor.shape[0], (tensor.ndim,)), num_envs, device)
+        super().__init__(Categorical(tensor.shape[0], torch.Size((tensor.ndim,))), num_envs, device)
         self.register_buffer("payoff", tensor.to(device))
 
     @staticmethod
@@ -233,17 +237,17 @@ def _is_number(value: object) -> bool:
 class DifferentialConfig:
     """Schema of ``trust_games/differential``: the settings of :class:`DifferentialGame`."""
 
-    start: list[float] = MISSING
-    low: float = MISSING
-    high: float = MISSING
-    action_range: float = MISSING
+    start: list[float]
+    low: float
+    high: float
+    action_range: float
 
 
 @dataclass
 class MatrixConfig:
     """Schema of the matrix games: the settings of :class:`MatrixGame`."""
 
-    payoff: Any = MISSING  # lists as deep as there are agents
+    payoff: Any  # lists as deep as there are agents
 
 
 class TrustGamesClass(TaskClass):

@@ -49,10 +49,16 @@ def check_number(
     """
     if null and value is None:
         return
-    kind = int if whole else int | float
-    good = isinstance(value, kind) and not isinstance(value, bool) and abs(value) <= LARGEST_FLOAT
-    good = good and (above is None or value > above) and (below is None or value < below)
-    good = good and (least is None or value >= least) and (most is None or value <= most)
+    good = (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and (isinstance(value, int) or not whole)
+        and abs(value) <= LARGEST_FLOAT
+        and (above is None or value > above)
+        and (below is None or value < below)
+        and (least is None or value >= least)
+        and (most is None or value <= most)
+    )
     if not good:
         parts = ((above, "above"), (least, "at least"), (below, "below"), (most, "at most"))
         wanted = " and ".join(f"{word} {bound:g}" for bound, word in parts if bound is not None)

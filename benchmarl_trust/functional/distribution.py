@@ -12,7 +12,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 
 def normal_log_prob(loc: Tensor, scale: Tensor, value: Tensor) -> Tensor:
@@ -47,12 +47,14 @@ class _NormalLogProb(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        loc, scale, value = ctx.saved_tensors
+    def backward(ctx: BackwardCFunction, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        # To torch's stubs these are tuples of one.
+        loc, scale, value = ctx.saved_tensors  # pyright: ignore[reportAssignmentType]
         standard = (value - loc) / scale
         per_scale = gradient.unsqueeze(-1) / scale
         to_loc = per_scale * standard
-        return to_loc, to_loc * standard - per_scale, -to_loc if ctx.needs_input_grad[2] else None
+        wanted = ctx.needs_input_grad[2]  # pyright: ignore[reportGeneralTypeIssues]
+        return to_loc, to_loc * standard - per_scale, -to_loc if wanted else None
 
 
 def normal_kl(old_loc: Tensor, old_scale: Tensor, loc: Tensor, scale: Tensor) -> Tensor:

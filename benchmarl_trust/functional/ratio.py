@@ -129,11 +129,17 @@ class Weighting(NamedTuple):
         return self.weight if self.shift is None else self.weight * self.shift.exp()
 
 
+def _inside_clip(log_factor: Tensor, epsilon: float | None) -> Tensor:
+    if epsilon is None:
+        raise ValueError("factor=inside_clip bounds M by epsilon, which is missing: give it that of the clip.")
+    return log_factor.clamp(math.log1p(-epsilon / 2), math.log1p(epsilon / 2))
+
+
 #: Bounds of log M by the name of the factor: (log M, ε) -> log of what weighs a loss.
 FACTORS: dict[str, Callable[[Tensor, float | None], Tensor]] = {
     "full": lambda log_factor, epsilon: log_factor.clamp(max=LOG_FACTOR_BOUND),
     "capped": lambda log_factor, epsilon: log_factor.clamp(max=0),
-    "inside_clip": lambda log_factor, epsilon: log_factor.clamp(math.log1p(-epsilon / 2), math.log1p(epsilon / 2)),
+    "inside_clip": _inside_clip,
 }
 
 
@@ -172,8 +178,6 @@ def factor_weight(log_factor: Tensor, factor: str = "full", epsilon: float | Non
         tensor([0.9000, 1.1000])
     """
     check_choice("factor", factor, FACTORS)
-    if factor == "inside_clip" and epsilon is None:
-        raise ValueError("factor=inside_clip bounds M by epsilon, which is missing: give it that of the clip.")
     bounded = FACTORS[factor](log_factor, epsilon)
     if factor == "inside_clip":
         return Weighting(torch.ones_like(bounded), bounded)

@@ -16,7 +16,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from benchmarl_trust.functional.checks import check_same_shape
 from benchmarl_trust.functional.ratio import masked_mean
@@ -322,7 +322,7 @@ def surrogate_objective(
     return masked_mean(weighted_gain(name, log_ratio, advantage, weight, epsilon, shift), mask)
 
 
-def check_surrogate(name: str, epsilon: float | tuple[float, float], key: str = "epsilon") -> None:
+def check_surrogate(name: str, epsilon: object, key: str = "epsilon") -> None:
     """Refuse an unknown surrogate, or an ε for which its trust region does not exist.
 
     Args:
@@ -377,8 +377,8 @@ class _WithSlope(torch.autograd.Function):
         ctx.save_for_backward(inputs[0], inputs[2])
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        x, slope = ctx.saved_tensors
+    def backward(ctx: BackwardCFunction, gradient: Tensor) -> tuple[Tensor, None, None]:
+        x, slope = ctx.saved_tensors  # pyright: ignore[reportAssignmentType] to torch's stubs a tuple of one
         return _Once.apply(gradient * slope, x), None, None
 
 
@@ -396,7 +396,7 @@ class _Once(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> NoReturn:
+    def backward(ctx: BackwardCFunction, gradient: Tensor) -> NoReturn:
         raise RuntimeError("A gain can be differentiated once: its second derivative is not computed.")
 
 

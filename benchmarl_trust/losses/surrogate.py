@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.objectives import PPOLoss
@@ -30,7 +31,7 @@ class SurrogateLoss(PPOLoss):
 
     Args:
         actor_network (ProbabilisticTensorDictSequential): the policy; all agents of a group at once.
-        critic_network (TensorDictModule, optional): the value network. Without it only the policy is trained.
+        critic_network (TensorDictModuleBase, optional): the value network. Without it only the policy is trained.
         surrogate (str): ``clip``, ``quadratic``, ``reciprocal``, ``log``, or ``linear``, which has no trust region.
         epsilon (float or tuple of two floats): the radius of the trust region; a pair gives the radii for A < 0 and
             for A ≥ 0.
@@ -88,7 +89,7 @@ class SurrogateLoss(PPOLoss):
 
     # LossModule wants the names it sets declared in this very class.
     actor_network: ProbabilisticTensorDictSequential
-    critic_network: TensorDictModule | None
+    critic_network: TensorDictModuleBase | None
     actor_network_params: TensorDictParams
     critic_network_params: TensorDictParams | None
     target_actor_network_params: TensorDictParams
@@ -97,7 +98,7 @@ class SurrogateLoss(PPOLoss):
     def __init__(
         self,
         actor_network: ProbabilisticTensorDictSequential,
-        critic_network: TensorDictModule | None = None,
+        critic_network: TensorDictModuleBase | None = None,
         *,
         surrogate: str,
         epsilon: float | Sequence[float] = 0.2,
@@ -106,7 +107,7 @@ class SurrogateLoss(PPOLoss):
         critic_on_absent: bool = False,
         **kwargs,
     ):
-        pair = (epsilon, epsilon) if isinstance(epsilon, int | float) else tuple(epsilon)
+        pair = cast(tuple[float, float], (epsilon,) * 2 if isinstance(epsilon, int | float) else tuple(epsilon))
         F.check_surrogate(surrogate, pair)
         F.check_choice("factor", factor, F.FACTORS)
         if factor == "inside_clip" and surrogate != "clip":
@@ -116,7 +117,8 @@ class SurrogateLoss(PPOLoss):
                 "normalize_advantage normalises each minibatch apart in TorchRL, which this loss does not do: "
                 "normalise the whole batch once with benchmarl_trust.functional.normalize_advantage."
             )
-        super().__init__(actor_network, critic_network, **kwargs)
+        # PPOLoss takes any module as its critic; its annotation is narrower.
+        super().__init__(actor_network, critic_network, **kwargs)  # pyright: ignore[reportArgumentType]
         self._entropy_counts = kwargs.get("entropy_coeff") != 0  # or else it is only logged
         self.surrogate = surrogate
         self.epsilon = pair
@@ -143,7 +145,7 @@ class SurrogateLoss(PPOLoss):
     def out_keys(self, values):
         self._out_keys = values
 
-    @dispatch
+    @dispatch()
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Both losses: :meth:`actor_loss` and, where there is a critic, :meth:`critic_loss`."""
         tensordict = tensordict.clone(False)
@@ -286,7 +288,7 @@ class CriticPhaseLoss(SurrogateLoss):
     def out_keys(self, values):
         self._out_keys = values
 
-    @dispatch
+    @dispatch()
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """:meth:`critic_loss`."""
         return self.critic_loss(tensordict.clone(False))

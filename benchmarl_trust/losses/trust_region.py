@@ -1,5 +1,7 @@
 """What a step of one agent raises, and what bounds it."""
 
+from typing import cast
+
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.objectives import LossModule
@@ -51,11 +53,18 @@ class TrustRegionLoss(LossModule):
         tensor(-1., grad_fn=<RoundBackward1>)
     """
 
-    in_keys = ("inputs", "action", "advantage", "old_log_prob", "old_0")
-    out_keys = ("loss_objective", "kl")
-    functional = False
+    # Properties of LossModule that depend on its settings; here nothing does.
+    in_keys = ("inputs", "action", "advantage", "old_log_prob", "old_0")  # pyright: ignore[reportAssignmentType]
+    out_keys = ("loss_objective", "kl")  # pyright: ignore[reportAssignmentType]
+    functional = False  # pyright: ignore[reportAssignmentType]
 
-    def __init__(self, policy: AgentPolicy, surrogate: str = "linear", epsilon: F.Epsilon = 0.2, factor: str = "full"):
+    def __init__(
+        self,
+        policy: AgentPolicy,
+        surrogate: str = "linear",
+        epsilon: float | tuple[float, float] = 0.2,
+        factor: str = "full",
+    ):
         F.check_surrogate(surrogate, epsilon)
         F.check_choice("factor", factor, ("full", "capped"))
         super().__init__()
@@ -67,7 +76,7 @@ class TrustRegionLoss(LossModule):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Both, at the policy as it is now."""
-        outputs = self.policy.forward(tensordict["inputs"].copy())
+        outputs = self.policy.forward(cast(TensorDictBase, tensordict["inputs"]).copy())
         factor = tensordict.get("factor", None)
         log_factor = torch.zeros_like(tensordict["advantage"]) if factor is None else factor.log()
         weight = F.factor_weight(log_factor, self.factor).weight

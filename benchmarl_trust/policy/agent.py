@@ -9,7 +9,7 @@ dimension: a step, or a sequence.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -193,9 +193,10 @@ def old_outputs(data: Mapping) -> tuple[Tensor, ...]:
 @torch.no_grad()
 def forward(agent: Agent, data: TensorDict, chunk: int | None = None) -> tuple[Tensor, ...]:
     """The distribution's parameters for this agent as its policy is now, each [*, ...]."""
+    inputs = cast(TensorDictBase, data["inputs"])
     if chunk is None or chunk >= len(data):
-        return agent.policy.forward(data["inputs"].copy())
-    parts = [agent.policy.forward(part) for part in data["inputs"].split(chunk)]
+        return agent.policy.forward(inputs.copy())
+    parts = [agent.policy.forward(part) for part in inputs.split(chunk)]
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
@@ -244,5 +245,5 @@ def kl_product_of(policy: AgentPolicy | StackedPolicy, here: tuple[Tensor, ...],
     return policy.head.kl_product(here, weight)
 
 
-def _path(key: NestedKey) -> tuple[str, ...]:
+def _path(key: NestedKey) -> tuple[NestedKey, ...]:
     return key if isinstance(key, tuple) else (key,)

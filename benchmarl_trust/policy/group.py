@@ -10,11 +10,18 @@ import copy
 import re
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, TensorDictSequential
+from tensordict.nn import (
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModuleBase,
+    TensorDictSequential,
+)
 from torch import Tensor, nn
+from torchrl.data.utils import DEVICE_TYPING
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 
 from benchmarl_trust.policy.agent import Agent, AgentPolicy, StackedPolicy
@@ -49,19 +56,20 @@ class GroupPolicy:
     ):
         self.policy = policy
         self.n_agents = n_agents
-        self.head = head_of(policy.module[-1])
-        self.body = TensorDictSequential(*policy.module[:-1])
+        self.head = head_of(cast(ProbabilisticTensorDictModule, policy[-1]))
+        # TensorDictSequential annotates each of its modules as a list of them.
+        self.body = TensorDictSequential(*policy.module[:-1])  # pyright: ignore[reportArgumentType, reportCallIssue]
         named = dict(self.body.named_parameters())
         trainable = {name: p for name, p in named.items() if p.requires_grad}
         device = next(iter(named.values())).device
         with fork_rng(device):  # neither the probe nor the twins' unused initial values move the run's generator
             rows = self._rows(trainable, example)
             self.shared = rows is None
-            self.agents = [self._whole_group_agent(i, trainable, rows) for i in range(n_agents)]
+            self.agents: list[AgentPolicy] = [self._whole_group_agent(i, trainable, rows) for i in range(n_agents)]
             twins = None if make_twin is None else self._twins(make_twin(), named)
-        self.fast = twins is not None and self._agree(twins, example)
-        if self.fast:
-            self.agents = twins
+        self.fast = False
+        if twins is not None and self._agree(twins, example):
+            self.fast, self.agents = True, twins
         if rows is not None and all(row is None for row in rows.values()):
             stack = StackedPolicy(self.body, self.head, list(trainable.values()))
             for agent in self.agents:
@@ -139,7 +147,7 @@ class GroupPolicy:
         outputs = self.outputs(example.clone())
         heads = [outputs.get(key).select(example.ndim, agent) for key in self.head.keys]
         # Weighted by noise: a plain sum is blind to what only shifts mass between outputs.
-        total = sum((x * torch.randn_like(x)).sum() for x in heads if x.requires_grad)
+        total = torch.stack([(x * torch.randn_like(x)).sum() for x in heads if x.requires_grad]).sum()
         gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True)
         return {
             name: torch.zeros_like(p, dtype=torch.bool) if gradient is None else gradient != 0
@@ -200,7 +208,7 @@ def _within_sequence(name: str) -> str:
     return re.sub(r"^(module\.\d+\.)+", "", name)
 
 
-def fork_rng(device: torch.device | str):
+def fork_rng(device: DEVICE_TYPING):
     """A context in which random numbers of the CPU and of this device can be drawn without moving the generators."""
     device = torch.device(device)
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])

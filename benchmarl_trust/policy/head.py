@@ -6,6 +6,7 @@ Shapes: [*] stands for any dimensions, those of agents included, D for the dimen
 
 import math
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from tensordict import TensorDictBase
@@ -47,12 +48,13 @@ class NormalHead:
             transforms = TanhNormal(any_loc, any_scale, **self.module.distribution_kwargs).transforms
             self._inverse[action.device] = list(reversed(transforms))
         for transform in self._inverse[action.device]:
-            action = transform.inv(action)
+            action = cast(Tensor, transform.inv(action))
         return action
 
     def log_prob(self, parameters: tuple[Tensor, ...], action: Tensor) -> Tensor:
         """Log-density of base actions, [*]."""
-        return F.normal_log_prob(*parameters, action)
+        loc, scale = parameters
+        return F.normal_log_prob(loc, scale, action)
 
     def kl(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> Tensor:
         """KL(old ‖ new), [*]."""
@@ -106,7 +108,7 @@ class CategoricalHead:
 
         def product(vectors: Sequence[Tensor | None]) -> list[Tensor | None]:
             logits, *masks = vectors
-            return [weight * F.categorical_kl_product(probs, logits), *masks]
+            return [None if logits is None else weight * F.categorical_kl_product(probs, logits), *masks]
 
         return product
 
@@ -153,14 +155,14 @@ def normal_extractor(scale_mapping: str, group: str) -> TensorDictModule:
         >>> normal_extractor("exp", "agents").out_keys
         [('agents', 'loc'), ('agents', 'scale')]
     """
-    keys = [(group, "loc"), (group, "scale")]
+    keys: list[NestedKey] = [(group, "loc"), (group, "scale")]
     return TensorDictModule(NormalParamExtractor(scale_mapping=scale_mapping), [(group, "logits")], keys)
 
 
 def parameter_keys(head: ProbabilisticTensorDictModule) -> dict[str, NestedKey]:
     """Where a policy's last module reads its distribution's parameters, by their names in the distribution."""
     names = (key[-1] if isinstance(key, tuple) else key for key in head.dist_keys)
-    return dict(zip(names, head.in_keys, strict=True))
+    return {str(name): key for name, key in zip(names, head.in_keys, strict=True)}
 
 
 def policy_features(head: ProbabilisticTensorDictModule, params: TensorDictBase) -> Tensor:

@@ -1,11 +1,12 @@
 """What is wrong is said before BenchMARL has written or collected anything."""
 
 import functools
+import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from benchmarl.algorithms import EnsembleAlgorithmConfig
@@ -24,6 +25,14 @@ LOGGERS = {
     "mlflow": ("mlflow", "mlflow"),
     "trackio": ("trackio", "trackio"),
 }
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """A configuration of ours."""
+
+    def check_keys(self, experiment: ExperimentConfig) -> None:
+        """Refuse what is wrong in itself or for this experiment."""
 
 
 class Plan(NamedTuple):
@@ -45,9 +54,9 @@ class Plan(NamedTuple):
         return [self.algorithm_config]
 
     @property
-    def ours(self) -> list[AlgorithmConfig]:
+    def ours(self) -> list["Checked"]:
         """Those of them that are this package's."""
-        return [config for config in self.algorithms if hasattr(config, "check_keys")]
+        return [config for config in self.algorithms if isinstance(config, Checked)]
 
 
 def check_plan(plan: Plan) -> None:
@@ -165,10 +174,9 @@ def check_video(experiment: Experiment) -> None:
 
 def _torchvision_writes_videos() -> bool:
     try:
-        from torchvision.io import write_video  # noqa: F401
+        return hasattr(importlib.import_module("torchvision.io"), "write_video")
     except (ImportError, RuntimeError):  # the latter beside a torch of another build
         return False
-    return True
 
 
 def look_before_setup() -> None:
@@ -193,5 +201,5 @@ def _looking_before(init: Callable) -> Callable:
         check_plan(Plan(*(bound.arguments[name] for name in Plan._fields)))
         init(self, *args, **kwargs)
 
-    checked.looks_before = True
+    checked.__dict__["looks_before"] = True
     return checked

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from benchmarl_trust.runtime.adam import fused
 
-CallbackType = TypeVar("CallbackType", bound=Callback)
+
+class OwnCallback(Callback):
+    """A callback that a run has without its user having named it, see :func:`own_callback`."""
+
+    experiment: Experiment
+    owner: Experiment
+
+
+CallbackType = TypeVar("CallbackType", bound=OwnCallback)
 
 #: So many iterations in a row with a dropped step end the run.
 PATIENCE = 3
@@ -22,7 +30,7 @@ PATIENCE = 3
 KEY = "benchmarl_trust_guard"
 
 
-class FiniteGuard(Callback):
+class FiniteGuard(OwnCallback):
     """Refuses data that is not finite, and drops optimizer steps whose gradient is not.
 
     Data, before it is acted on: an observation that is NaN or infinite, and an action mask that allows nothing, raise a

@@ -6,7 +6,7 @@ import json
 import warnings
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from benchmarl.environments import Task, TaskClass
@@ -33,7 +33,7 @@ def check_restore(plan: "Plan") -> None:
     Raises:
         ValueError: in one sentence, naming what differs, and the cure.
     """
-    file = Path(plan.config.restore_file)
+    file = Path(cast(str, plan.config.restore_file))  # it is asked for
     try:
         state_dict, devices = _read(file)
     except ValueError:

@@ -7,22 +7,22 @@ import random
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from benchmarl.experiment import Callback, Experiment
+from benchmarl.experiment import Experiment
 from tensordict import TensorDictBase
 from torchrl.record import CSVLogger
 
 from benchmarl_trust.runtime.adam import is_chosen
-from benchmarl_trust.runtime.guard import own_callback
+from benchmarl_trust.runtime.guard import OwnCallback, own_callback
 from benchmarl_trust.runtime.record import IDENTITY, differences, identity_of, record_of
 
 KEY = "benchmarl_trust"
 
 
-class ResumeState(Callback):
+class ResumeState(OwnCallback):
     """Saves and restores optimizer states, random generators and the JSON report with BenchMARL's checkpoints.
 
     After a restore the same next batch gives, bit for bit, the parameters that it would have given without the
@@ -210,16 +210,18 @@ class ResumeState(Callback):
     def _report_on_disk(self, at_least: dict[str, Any]) -> dict[str, Any] | None:
         """The report in the run's folder if it has all that the checkpoint's has, and so may have more."""
         writer, run = self.experiment.logger.json_writer, self._identity
+        if writer is None:
+            return None  # none is asked for
         try:
             data = json.loads(Path(writer.path).read_text())
             environment, task = run["task"].split("/")
             report = data[environment][task][run["algorithm"]][f"seed_{run['seed']}"]
-        except (AttributeError, OSError, ValueError, KeyError):
-            return None  # no report is asked for, or there is none of this run
+        except (OSError, ValueError, KeyError):
+            return None  # there is none of this run
         return report if report.keys() >= at_least.keys() else None
 
 
-class LatestCheckpoint(Callback):
+class LatestCheckpoint(OwnCallback):
     """Keeps the newest checkpoint in ``checkpoints/latest.pt`` too, which is whole at any moment.
 
     BenchMARL writes a checkpoint in place, and with ``experiment.keep_checkpoints_num`` it deletes the oldest one
@@ -324,7 +326,7 @@ def _load(optimizer: torch.optim.Optimizer, saved: dict[str, Any], with_lr: bool
 
 
 def _random_state() -> dict[str, Any]:
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, position, has_gauss, cached = cast(tuple[str, np.ndarray, int, int, float], np.random.get_state())
     version, internal, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),

@@ -20,6 +20,7 @@ from benchmarl_trust.updates.natural import (
     NaturalGradient,
     Proposal,
     StackedModel,
+    Tensors,
     Turn,
     gradients_of,
 )
@@ -155,18 +156,18 @@ class GreedyAllocation:
         the given order.
         """
         candidates = [i for i in range(len(self.agents)) if i not in moved]
-        objectives, proposal, score = self._compare(candidates, weight)
+        models, objectives, proposal, score = self._compare(candidates, weight)
         place = int(score.argmax()) if self.order is None else candidates.index(self.order[len(moved)])
         if self.cap is None:
             kl_bound = F.greedy_bound(score, place, self.remaining, self.low, self.high)
         else:
             kl_bound = self.remaining.clamp(min=0, max=self.cap)
         kl_bound = torch.where(score[place] > 0, kl_bound, 0)
-        self._models.pop(place)
+        models.pop(place)
         self._proposal = proposal.without(place)
         return Turn(candidates[place], objectives[place], proposal.of(place), kl_bound, score[place])
 
-    def _compare(self, candidates: list[int], weight: Tensor) -> tuple[Sequence[Tensor], Proposal, Tensor]:
+    def _compare(self, candidates: list[int], weight: Tensor) -> tuple[Models, Tensors, Proposal, Tensor]:
         if self._shared or self._models is None:  # a step on shared parameters makes every model stale
             agents = [self.agents[i] for i in candidates]
             stacks = self.solver.stacks(agents)
@@ -176,7 +177,7 @@ class GreedyAllocation:
         objectives, gradients = gradients_of(models, weight)
         solver = self.solver if self._proposal is None else _refining(self.solver)
         proposal = solver(models, gradients, self._proposal)
-        return objectives, proposal, scores(self.estimator, models, weight, self.solver, proposal)
+        return models, objectives, proposal, scores(self.estimator, models, weight, self.solver, proposal)
 
     def spend(self, kl: Tensor) -> None:
         """What the turn really cost leaves the budget."""

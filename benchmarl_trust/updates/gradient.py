@@ -1,6 +1,6 @@
 """One agent's gradient steps on a surrogate gain, by the optimizer that it is given."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,7 +43,13 @@ class GradientStep:
     by_position: bool = False
 
     def __call__(self, agent: Agent, data: Mapping, weight: Tensor, place: float = 1.0) -> StepInfo:
-        """Step on all rows of ``data``, weighted by ``weight`` [*]; ``place`` is the agent's position k/N."""
+        """Step on all rows of ``data``, weighted by ``weight`` [*]; ``place`` is the agent's position k/N.
+
+        Raises:
+            ValueError: if the agent has no optimizer.
+        """
+        if agent.optimizer is None:
+            raise ValueError("A gradient step needs an optimizer: give GroupPolicy.make_agents one for each agent.")
         loss = self.loss(agent, data, weight, place)
         agent.policy.backward(loss)
         grad_norm = self._clip(agent.policy.parameters)
@@ -69,8 +75,10 @@ class GradientStep:
         if not self.by_position:
             return self.epsilon
         share = (1 + place) / 2
-        pair = isinstance(self.epsilon, tuple)
-        return tuple(share * value for value in self.epsilon) if pair else share * self.epsilon
+        if not isinstance(self.epsilon, tuple):
+            return share * self.epsilon
+        negative, positive = self.epsilon
+        return share * negative, share * positive
 
     def _clip(self, parameters: list[nn.Parameter]) -> Tensor:
         norm = nn.utils.clip_grad_norm_(parameters, float("inf") if self.max_grad_norm is None else self.max_grad_norm)
@@ -153,7 +161,7 @@ def exceeds_kl(bound: float | None, agents: Sequence[Agent], rows: int | None = 
     return not torch.stack(kls).mean() <= bound
 
 
-def shuffles(rows: int, epochs: int, generator: torch.Generator, per_epoch: int | None = None):
+def shuffles(rows: int, epochs: int, generator: torch.Generator, per_epoch: int | None = None) -> Iterator[Tensor]:
     """Yield the rows of each epoch in random order.
 
     Args:
@@ -169,7 +177,7 @@ def shuffles(rows: int, epochs: int, generator: torch.Generator, per_epoch: int 
         >>> torch.cat(list(shuffles(6, 3, torch.Generator(), per_epoch=2))).sort().values
         tensor([0, 1, 2, 3, 4, 5])
     """
-    per_epoch, left = per_epoch or rows, ()
+    per_epoch, left = per_epoch or rows, torch.empty(0)
     for _ in range(epochs):
         if len(left) < per_epoch:
             left = torch.randperm(rows, generator=generator, device=generator.device)

@@ -12,7 +12,7 @@ Shapes: n agents, P parameters each (padded with zeros to the largest), [*] the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from tensordict import TensorDict
@@ -22,6 +22,7 @@ from benchmarl_trust import functional as F
 from benchmarl_trust.policy import (
     Agent,
     AgentPolicy,
+    StackedPolicy,
     forward,
     kl_of,
     kl_product_of,
@@ -29,6 +30,8 @@ from benchmarl_trust.policy import (
     old_outputs,
     surrogate_of,
 )
+
+Other = TypeVar("Other")
 
 
 class NaturalInfo(NamedTuple):
@@ -82,7 +85,7 @@ class LocalModel:
         self.policy = agent.policy
         self.data = data
         with torch.enable_grad():
-            outputs = agent.policy.forward(data["inputs"].copy())
+            outputs = agent.policy.forward(cast(TensorDict, data["inputs"]).copy())
             self._moving = [i for i, output in enumerate(outputs) if output.requires_grad]  # an action mask does not
             self._roots = tuple(outputs[i] for i in self._moving)
             self._duals = tuple(torch.zeros_like(root, requires_grad=True) for root in self._roots)
@@ -95,7 +98,7 @@ class LocalModel:
         leaves = tuple(root.detach().requires_grad_() for root in self._roots)
         with torch.enable_grad():
             outputs = tuple(output[rows] for output in self._placed(self._here, leaves))
-            objective = self._objective(outputs, self.data[rows], weight[rows])
+            objective = self._objective(outputs, cast(TensorDict, self.data[rows]), weight[rows])
             slope = _grad(objective.sum(), leaves)
         return objective.detach(), self.policy.gradient(self._roots, slope, retain_graph=True)
 
@@ -108,9 +111,9 @@ class LocalModel:
     def _objective(self, outputs: tuple[Tensor, ...], data: TensorDict, weight: Tensor) -> Tensor:
         return objective_of(self.policy, outputs, data, weight)
 
-    def _placed(self, among: Sequence[Tensor | None], values: Sequence[Tensor]) -> list[Tensor | None]:
+    def _placed(self, among: Sequence[Other], values: Sequence[Tensor]) -> list[Other | Tensor]:
         """Values for those of the distribution's parameters that move, among those for all."""
-        placed = list(among)
+        placed: list[Other | Tensor] = list(among)
         for i, value in zip(self._moving, values, strict=True):
             placed[i] = value
         return placed
@@ -127,9 +130,9 @@ class StackedModel(LocalModel):
     """
 
     def __init__(self, agents: Sequence[Agent]):
-        stack = agents[0].policy.stack
+        stack = cast(StackedPolicy, agents[0].policy.stack)  # the caller has asked NaturalGradient.stacks
         data = stack.columns(agents)
-        super().__init__(Agent(stack, None, data), data)
+        super().__init__(Agent(cast(AgentPolicy, stack), None, data), data)  # which asks no more than a stack can
         self._in = list(range(len(agents)))
         self._size = len(agents)
 
@@ -163,12 +166,12 @@ class StackedModel(LocalModel):
 
 
 #: Local models of several agents: one by one, or all at once.
-Models = Sequence[LocalModel] | StackedModel
+Models = list[LocalModel] | StackedModel
+#: One for each of them: apart, or as rows.
+Tensors = Sequence[Tensor] | Tensor
 
 
-def gradients_of(
-    models: Models, weight: Tensor, rows: slice = slice(None)
-) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+def gradients_of(models: Models, weight: Tensor, rows: slice = slice(None)) -> tuple[Tensors, Tensors]:
     """J of each model and its gradient, see :meth:`LocalModel.gradient`."""
     if isinstance(models, StackedModel):
         return models.gradient(weight, rows)
@@ -256,7 +259,7 @@ class NaturalGradient:
         whole = len(agents) == len(stack.parameters[0])
         return whole and (agents[0].data["advantage"].is_cuda if self.stacked is None else self.stacked)
 
-    def __call__(self, models: Models, gradients: Sequence[Tensor], start: Proposal | None = None) -> Proposal:
+    def __call__(self, models: Models, gradients: Tensors, start: Proposal | None = None) -> Proposal:
         """Solve for n agents.
 
         Args:
@@ -305,6 +308,7 @@ class Allocation(Protocol):
 
     def next(self, weight: Tensor, moved: list[int]) -> Turn:
         """The next turn, given w(M) [*] and the agents that have moved."""
+        ...
 
     def spend(self, kl: Tensor) -> None:
         """What that turn has cost of the KL budget, in nats."""

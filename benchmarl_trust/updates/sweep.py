@@ -46,7 +46,7 @@ class PositionInfo(NamedTuple):
     factor_max: Tensor
     factor_ess: Tensor
     advantage_variance: Tensor
-    step: StepInfo
+    step: NamedTuple
     finite: Tensor
     log_ratio: Tensor | None
     outputs: tuple[Tensor, ...]
@@ -119,15 +119,17 @@ def sweep(
             data["shift"] = weighting.shift
         older = data.get("log_importance", None)
         weight = weighting.weight if older is None else weighting.weight * F.importance_weight(older)
-        after = _step_or_undo(step, agents[i], data, weight, (position + 1) / len(agents), chunk)
-        infos.append(PositionInfo(i, *_factor_statistics(log_factor, weighting.total, data), *after))
-        log_factor = log_factor + (infos[-1].log_ratio if older is None else infos[-1].log_ratio + older)
+        place = (position + 1) / len(agents)
+        info, finite, log_ratio, outputs = _step_or_undo(step, agents[i], data, weight, place, chunk)
+        met = _factor_statistics(log_factor, weighting.total, data)
+        infos.append(PositionInfo(i, *met, info, finite, log_ratio, outputs))
+        log_factor = log_factor + (log_ratio if older is None else log_ratio + older)
     return infos
 
 
 def _step_or_undo(
     step: Step, agent: Agent, data: TensorDict, weight: Tensor, place: float, chunk: int | None
-) -> tuple[StepInfo, Tensor, Tensor, tuple[Tensor, ...]]:
+) -> tuple[NamedTuple, Tensor, Tensor, tuple[Tensor, ...]]:
     """Take the step; if anything in it was not finite, put parameters and optimizer state back, bit for bit.
 
     The choice is made by ``torch.where`` on the device: the host waits for nothing.
@@ -136,7 +138,8 @@ def _step_or_undo(
     """
     with torch.no_grad():
         tensors = _state(agent)
-        before = dict(zip(map(id, tensors), torch._foreach_clone(tensors), strict=True))
+        copies = torch._foreach_clone(tensors)  # pyright: ignore[reportPrivateImportUsage] has no public name
+        before = dict(zip(map(id, tensors), copies, strict=True))
     info = step(agent, data, weight, place)
     outputs = forward(agent, data, chunk)
     log_ratio = log_ratio_of(agent.policy, outputs, data)

@@ -108,8 +108,8 @@ class CounterfactualCritic(TensorDictModuleBase):
         self.table_key, self.action_key, self.features_key = table_key, action_key, features_key
         self.value_key, self.mask_key = value_key, mask_key
         self.observation_keys = [key for key in network.in_keys if key != table_key]
-        self.in_keys = [*self.observation_keys, action_key, features_key]
-        self.out_keys = [value_key]
+        self.in_keys: list[NestedKey] = [*self.observation_keys, action_key, features_key]
+        self.out_keys: list[NestedKey] = [value_key]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Run the network on all copies and write one value per agent."""

@@ -2,11 +2,11 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
+from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 from torch.distributions import Distribution
@@ -108,6 +108,8 @@ class GPAE(ValueEstimatorBase):
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
+    actor_network: ProbabilisticTensorDictSequential
+    value_network: TensorDictModuleBase
 
     def __init__(
         self,
@@ -121,7 +123,8 @@ class GPAE(ValueEstimatorBase):
         off_policy: bool = False,
     ):
         F.check_gpae(truncation, eta, lmbda, gamma)
-        super().__init__(value_network=value_network)
+        # It takes any module; its annotation is narrower.
+        super().__init__(value_network=value_network)  # pyright: ignore[reportArgumentType]
         self.__dict__["actor_network"] = actor_network  # as value_network: not a submodule, no parameters here
         self.gamma, self.lmbda = gamma, lmbda
         self.truncation, self.eta = truncation, eta
@@ -194,7 +197,7 @@ class GPAE(ValueEstimatorBase):
         keys = self.tensor_keys
         value, next_value, features, old_log_prob = self._evaluate(batch, params)
         mask, log_ratio = batch.get(keys.mask, None), None
-        if self.off_policy:
+        if old_log_prob is not None:
             log_ratio = F.log_ratio(old_log_prob, self._behaviour_log_prob(batch))
             mask = ~log_ratio.isnan() if mask is None else mask & ~log_ratio.isnan()
         advantage = F.per_agent_advantage(
@@ -211,15 +214,19 @@ class GPAE(ValueEstimatorBase):
         out = {keys.value: value, keys.advantage: advantage, keys.value_target: target}
         out = {key: entry.unsqueeze(-1) for key, entry in out.items()}
         out[keys.policy_features] = features
-        if self.off_policy:
+        if old_log_prob is not None and log_ratio is not None:
             out[keys.old_log_prob] = old_log_prob
             out[keys.importance_weight] = F.importance_weight(log_ratio)
             present = batch.get(keys.mask, None)
             out[keys.valid] = log_ratio.isfinite() if present is None else present & log_ratio.isfinite()
         return out
 
-    def _evaluate(self, batch: TensorDictBase, params: TensorDictBase | None) -> tuple[Tensor, ...]:
-        """Each step's value, the value that follows it, the policy's features and the executed actions' log-prob."""
+    def _evaluate(
+        self, batch: TensorDictBase, params: TensorDictBase | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Each step's value, the value that follows it, the policy's features and, if ``off_policy``, the executed
+        actions' log-prob.
+        """
         keys = self.tensor_keys
         layout = _layout(batch.get(("next", keys.done)).squeeze(-1))
         data = self._laid_out(batch, layout)
@@ -239,8 +246,9 @@ class GPAE(ValueEstimatorBase):
         return F.trace_coefficient(log_ratio, self.lmbda, self.truncation, self.eta, mask)
 
     def _policy(self, data: TensorDictBase) -> tuple[Distribution, Tensor]:
-        params = self.actor_network.get_dist_params(data.select(*self.actor_network.in_keys, strict=False))
-        head = self.actor_network[-1]
+        read = data.select(*self.actor_network.in_keys, strict=False)
+        params = cast(TensorDictBase, self.actor_network.get_dist_params(read))  # annotated as a pair, which it is not
+        head = cast(ProbabilisticTensorDictModule, self.actor_network[-1])
         mask_key = parameter_keys(head).get("mask")
         if mask_key is not None:  # the last observation of a trajectory may allow no action, as no one will act on it
             mask = params.get(mask_key)

@@ -7,6 +7,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
+from torchrl.data.utils import DEVICE_TYPING
 
 from benchmarl_trust import functional as F
 
@@ -51,13 +52,13 @@ class NormalizedCritic(TensorDictModuleBase):
         value_key: NestedKey,
         normalized_key: NestedKey,
         shape: Sequence[int] = (),
-        device: torch.device | str | None = None,
+        device: DEVICE_TYPING | None = None,
     ):
         super().__init__()
         self.network = network
         self.value_key, self.normalized_key = value_key, normalized_key
-        self.in_keys = list(network.in_keys)
-        self.out_keys = [value_key, normalized_key]
+        self.in_keys: list[NestedKey] = list(network.in_keys)
+        self.out_keys: list[NestedKey] = [value_key, normalized_key]
         for name in F.Moments._fields:
             self.register_buffer(f"running_{name}", torch.zeros(tuple(shape), dtype=torch.float64, device=device))
 

@@ -101,6 +101,12 @@ def test_separate_policies_equal_a_naive_loop(model, distribution, kind):
     assert (factor.max() - factor.min()) > 0.01, "the policies must have moved"
 
 
+def test_a_gradient_step_without_an_optimizer_is_refused():
+    agent = make_agents(make_problem("mlp", "normal"))[0]._replace(optimizer=None)
+    with pytest.raises(ValueError, match=r"give GroupPolicy\.make_agents one for each agent"):
+        GradientStep("clip", EPSILON)(agent, agent.data, torch.ones(agent.data.shape))
+
+
 @pytest.mark.parametrize("distribution", ["normal", "categorical", "masked"])
 def test_entropy_bonus_and_absent_agents_equal_a_naive_loop(distribution):
     """Agent 2 is absent on every third row: M stands still there, and no mean counts it."""
