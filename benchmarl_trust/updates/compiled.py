@@ -1,0 +1,110 @@
+"""The gradient of an agent's loss on a minibatch by one compiled function, which serves all agents of a group."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from benchmarl_trust import functional as F
+from benchmarl_trust.policy import AgentPolicy, Head
+
+#: What a loss reads of an agent's data beside the policy's inputs, where it is there.
+COLUMNS = ("action", "advantage", "old_log_prob", "mask", "shift")
+#: What ``torch.compile`` is told, by the kind of device. On a GPU the function runs as a CUDA graph: one launch.
+OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"mode": "reduce-overhead"}}
+#: ``loss_of(head, outputs, data, weight, epsilon, draw)``, a scalar.
+LossOf = Callable[[Head, tuple[Tensor, ...], Mapping, Tensor, F.Epsilon, tuple[Tensor, ...]], Tensor]
+
+
+class CompiledGradient:
+    """Loss and gradient of a minibatch, forward and backward in one function of ``torch.compile``.
+
+    The function gets the parameters and buffers of the agent as arguments, and its radius as a tensor, so that it is
+    compiled once for all agents of the group, whose policies differ in nothing else. It is made for one size of a
+    minibatch. Random numbers are drawn outside: they are those of the eager step.
+
+    Args:
+        policy (AgentPolicy): of any agent of the group, a body of its own (a twin).
+        loss_of (callable): the loss from the distribution's parameters, as :class:`GradientStep` has it.
+        rows (int): of a minibatch.
+
+    Raises:
+        ValueError: if the policy's body runs other agents too.
+    """
+
+    def __init__(self, policy: AgentPolicy, loss_of: LossOf, rows: int):
+        if not policy.alone:
+            raise ValueError("A compiled step needs policies of single agents: give GroupPolicy a make_twin.")
+        self.rows = rows
+        self._fixed: dict[AgentPolicy, dict[str, Tensor]] = {}
+        self._radius: tuple[F.Epsilon, tuple[Tensor, Tensor]] | None = None
+        body, head, slot = policy.body, policy.head, policy.slot
+        names = [name for name, p in body.named_parameters() if p.requires_grad]
+
+        def gradient(leaves, fixed, inputs, data, weight, radius, draw):
+            def loss(leaves):
+                state = {**dict(zip(names, leaves, strict=True)), **fixed}
+                parts = TensorDict(inputs, batch_size=weight.shape)
+                outputs = torch.func.functional_call(body, state, (parts,))
+                own = tuple(outputs.get(key).select(weight.ndim, slot) for key in head.keys)
+                epsilon = torch.where(data["advantage"] >= 0, radius[1], radius[0])
+                return loss_of(head, own, data, weight, epsilon, draw)
+
+            gradients, value = torch.func.grad_and_value(loss)(leaves)
+            return [value, *gradients]
+
+        options = OPTIONS.get(policy.parameters[0].device.type, {})
+        # isolated: the functions of other groups and experiments do not count as recompilations of this one
+        self._function = torch.compile(gradient, fullgraph=True, dynamic=False, isolate_recompiles=True, **options)
+
+    def __call__(
+        self, policy: AgentPolicy, data: Mapping, weight: Tensor, epsilon: F.Epsilon, draw: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Leave the gradient in ``grad`` of the policy's leaves.
+
+        Args:
+            policy (AgentPolicy): an agent of the group.
+            data (Mapping): its minibatch.
+            weight (Tensor): w, [*].
+            epsilon (float, pair or Tensor): the radius.
+            draw (tuple of Tensor): what its entropy is estimated with, see :meth:`AgentPolicy.draw`.
+
+        Returns: the loss.
+
+        Raises:
+            RuntimeError: if the function cannot be compiled.
+        """
+        inputs = dict(data["inputs"].items(include_nested=True, leaves_only=True))
+        columns = {name: data[name] for name in COLUMNS if name in data.keys()}
+        leaves = [leaf.detach() for leaf in policy.parameters]
+        radius = self._as_tensors(epsilon, data["advantage"])
+        try:
+            values = self._function(leaves, self._fixed_of(policy), inputs, columns, weight, radius, draw)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise RuntimeError(
+                f"algorithm.compile=True: torch.compile cannot compile this step ({type(error).__name__}, see above). "
+                "Run with algorithm.compile=False."
+            ) from error
+        if weight.is_cuda:  # the next run of a CUDA graph writes to the same memory
+            values = torch._foreach_clone(values)
+        loss, *gradients = values
+        for leaf, gradient in zip(policy.parameters, gradients, strict=True):
+            leaf.grad = gradient
+        return loss
+
+    def _fixed_of(self, policy: AgentPolicy) -> dict[str, Tensor]:
+        """What of the body is not optimised."""
+        if policy not in self._fixed:
+            frozen = {name: p.detach() for name, p in policy.body.named_parameters() if not p.requires_grad}
+            self._fixed[policy] = frozen | dict(policy.body.named_buffers())
+        return self._fixed[policy]
+
+    def _as_tensors(self, epsilon: F.Epsilon, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The radius where A < 0 and where A ≥ 0: as numbers they would be part of what is compiled."""
+        if isinstance(epsilon, Tensor):
+            return epsilon, epsilon
+        if self._radius is None or self._radius[0] != epsilon:
+            pair = epsilon if isinstance(epsilon, tuple) else (epsilon, epsilon)
+            self._radius = epsilon, tuple(like.new_full((), value) for value in pair)
+        return self._radius[1]
