@@ -22,6 +22,7 @@ from hydra import compose, initialize_config_module
 from hydra.errors import ConfigCompositionException
 from problems import RNN, gnn, make_agents, make_problem
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
 
 from benchmarl_trust import ALGORITHMS, A2poConfig, HappoConfig
 from benchmarl_trust.algorithms import checks
@@ -264,12 +265,10 @@ def refusal(make_experiment, tmp_path, **settings):
     return str(error.value)
 
 
-def test_without_a_compiler(make_experiment, monkeypatch, tmp_path):
-    from torch._inductor import config
-
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
-    assert "needs a C++ compiler" in refusal(make_experiment, tmp_path)
-    make_experiment(HappoConfig.get_from_yaml())
+def test_without_a_compiler(make_experiment, tmp_path):
+    with inductor_config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert "needs a C++ compiler" in refusal(make_experiment, tmp_path)
+        make_experiment(HappoConfig.get_from_yaml())
 
 
 def test_without_pythons_headers(make_experiment, monkeypatch, tmp_path):
