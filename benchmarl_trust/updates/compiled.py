@@ -11,8 +11,8 @@ from benchmarl_trust.policy import AgentPolicy, Head
 
 #: What a loss reads of an agent's data beside the policy's inputs, where it is there.
 COLUMNS = ("action", "advantage", "old_log_prob", "mask", "shift")
-#: What ``torch.compile`` is told, by the kind of device. On a GPU the function runs as a CUDA graph: one launch.
-OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"mode": "reduce-overhead"}}
+#: What ``torch.compile`` generates code by.
+BACKEND = "inductor"
 #: ``loss_of(head, outputs, data, weight, epsilon, draw)``, a scalar.
 LossOf = Callable[[Head, tuple[Tensor, ...], Mapping, Tensor, F.Epsilon, tuple[Tensor, ...]], Tensor]
 
@@ -21,22 +21,22 @@ class CompiledGradient:
     """Loss and gradient of a minibatch, forward and backward in one function of ``torch.compile``.
 
     The function gets the parameters and buffers of the agent as arguments, and its radius as a tensor, so that it is
-    compiled once for all agents of the group, whose policies differ in nothing else. It is made for one size of a
-    minibatch. Random numbers are drawn outside: they are those of the eager step.
+    compiled once for all agents of the group, whose policies differ in nothing else. It is made for minibatches of one
+    size with the same entries. Random numbers are drawn outside: they are those of the eager step.
 
     Args:
         policy (AgentPolicy): of any agent of the group, a body of its own (a twin).
+        data (Mapping): one of its minibatches.
         loss_of (callable): the loss from the distribution's parameters, as :class:`GradientStep` has it.
-        rows (int): of a minibatch.
 
     Raises:
         ValueError: if the policy's body runs other agents too.
     """
 
-    def __init__(self, policy: AgentPolicy, loss_of: LossOf, rows: int):
+    def __init__(self, policy: AgentPolicy, data: Mapping, loss_of: LossOf):
         if not policy.alone:
             raise ValueError("A compiled step needs policies of single agents: give GroupPolicy a make_twin.")
-        self.rows = rows
+        self.rows, self._names = len(data["advantage"]), set(_columns(data))
         self._fixed: dict[AgentPolicy, dict[str, Tensor]] = {}
         self._radius: tuple[F.Epsilon, tuple[Tensor, Tensor]] | None = None
         body, head, slot = policy.body, policy.head, policy.slot
@@ -54,9 +54,14 @@ class CompiledGradient:
             gradients, value = torch.func.grad_and_value(loss)(leaves)
             return [value, *gradients]
 
-        options = OPTIONS.get(policy.parameters[0].device.type, {})
-        # isolated: the functions of other groups and experiments do not count as recompilations of this one
-        self._function = torch.compile(gradient, fullgraph=True, dynamic=False, isolate_recompiles=True, **options)
+        # Each call would look at hundreds of attributes that could have changed what was traced. None of them does, and
+        # functions of other groups and experiments are no recompilations of this one: what tensors are is enough.
+        options: dict = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
+        if policy.parameters[0].is_cuda:
+            options["triton.cudagraphs"] = True  # mode="reduce-overhead", which takes no other option
+        self._function = torch.compile(
+            gradient, backend=BACKEND, fullgraph=True, dynamic=False, isolate_recompiles=True, options=options
+        )
 
     def __call__(
         self, policy: AgentPolicy, data: Mapping, weight: Tensor, epsilon: F.Epsilon, draw: tuple[Tensor, ...]
@@ -73,10 +78,16 @@ class CompiledGradient:
         Returns: the loss.
 
         Raises:
+            ValueError: if the minibatch has other entries than the first one.
             RuntimeError: if the function cannot be compiled.
         """
         inputs = dict(data["inputs"].items(include_nested=True, leaves_only=True))
-        columns = {name: data[name] for name in COLUMNS if name in data.keys()}
+        columns = _columns(data)
+        if columns.keys() != self._names:
+            raise ValueError(
+                f"A compiled step was made for minibatches with {', '.join(sorted(self._names))}, and this one has "
+                f"{', '.join(sorted(columns))}: give GradientStep another dictionary, compiled={{}}."
+            )
         leaves = [leaf.detach() for leaf in policy.parameters]
         radius = self._as_tensors(epsilon, data["advantage"])
         try:
@@ -108,3 +119,7 @@ class CompiledGradient:
             pair = epsilon if isinstance(epsilon, tuple) else (epsilon, epsilon)
             self._radius = epsilon, tuple(like.new_full((), value) for value in pair)
         return self._radius[1]
+
+
+def _columns(data: Mapping) -> dict[str, Tensor]:
+    return {name: data[name] for name in COLUMNS if name in data.keys()}

@@ -79,7 +79,7 @@ class GradientStep:
         if self.compiled is not None:
             head = agent.policy.head
             if head not in self.compiled:
-                self.compiled[head] = CompiledGradient(agent.policy, self._loss_of, len(weight))
+                self.compiled[head] = CompiledGradient(agent.policy, data, self._loss_of)
             if self.compiled[head].rows == len(weight):
                 draw = self._draw(agent, data)
                 return self.compiled[head](agent.policy, data, weight, self.radius(place), draw)

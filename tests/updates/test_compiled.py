@@ -29,7 +29,7 @@ from benchmarl_trust.algorithms import checks
 from benchmarl_trust.algorithms.sequential_gradient import SequentialGradientConfig
 from benchmarl_trust.policy import AgentPolicy, remember_old_policy
 from benchmarl_trust.updates import GradientStep, MinibatchEpochs, sweep
-from benchmarl_trust.updates.compiled import OPTIONS
+from benchmarl_trust.updates import compiled as compiled_module
 
 EPOCHS, SIZE, ROWS, ITERATIONS = 3, 7, 24, 2  # three whole minibatches and one of 3 rows
 
@@ -37,7 +37,7 @@ EPOCHS, SIZE, ROWS, ITERATIONS = 3, 7, 24, 2  # three whole minibatches and one 
 @pytest.fixture
 def graphs(monkeypatch):
     """A function: how many graphs were compiled, without a code generator."""
-    monkeypatch.setitem(OPTIONS, "cpu", {"backend": "eager"})
+    monkeypatch.setattr(compiled_module, "BACKEND", "eager")
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "handlers", [])  # pytest's, at half of the time
     counters.clear()
     return lambda: counters["stats"]["unique_graphs"]
@@ -170,6 +170,17 @@ def test_a_body_of_the_whole_group_is_refused():
     agent = make_agents(make_problem(twin=False))[0]
     with pytest.raises(ValueError, match="give GroupPolicy a make_twin"):
         GradientStep("clip", 0.2, compiled={})(agent, agent.data, torch.ones(ROWS))
+
+
+def test_minibatches_with_other_entries_are_refused(graphs):
+    """What the function does with a mask was compiled into it."""
+    agent = make_agents(make_problem(dtype=torch.float32))[0]
+    remember_old_policy(agent)
+    step = GradientStep("clip", 0.2, compiled={})
+    step(agent, agent.data, torch.ones(ROWS))
+    agent.data["mask"] = torch.ones(ROWS, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"made for .*old_log_prob, and this one has .* mask, old_log_prob: give"):
+        step(agent, agent.data, torch.ones(ROWS))
 
 
 def test_what_cannot_be_traced_is_said_by_key(graphs):
@@ -306,7 +317,6 @@ def test_it_is_a_key_of_gradient_steps_in_turns_alone(name):
 @pytest.mark.parametrize("kind", ["happo", "a2po absent", "entropy drawn", "action mask, absent", "cnn"])
 def test_inductor(kind, eager_steps):
     counters.clear()
-    assert OPTIONS["cpu"] == {}
     compiled = updated({}, **KINDS[kind])
     assert counters["stats"]["unique_graphs"] == 1
     assert eager_steps[0] == ITERATIONS * 3 * EPOCHS
