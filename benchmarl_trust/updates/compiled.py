@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarl_trust import functional as F
 from benchmarl_trust.policy import AgentPolicy, Head
@@ -40,7 +40,9 @@ class CompiledGradient:
         self._fixed: dict[AgentPolicy, dict[str, Tensor]] = {}
         self._radius: tuple[F.Epsilon, tuple[Tensor, Tensor]] | None = None
         body, head, slot = policy.body, policy.head, policy.slot
-        names = [name for name, p in body.named_parameters() if p.requires_grad]
+        self._reached = _reached(policy, data)
+        name_of = {id(p): name for name, p in body.named_parameters()}
+        self._leaves = names = [name_of[id(leaf)] for leaf in self._reached_of(policy)]
 
         def gradient(leaves, fixed, inputs, data, weight, radius, draw):
             def loss(leaves):
@@ -88,7 +90,8 @@ class CompiledGradient:
                 f"A compiled step was made for minibatches with {', '.join(sorted(self._names))}, and this one has "
                 f"{', '.join(sorted(columns))}: give GradientStep another dictionary, compiled={{}}."
             )
-        leaves = [leaf.detach() for leaf in policy.parameters]
+        own = self._reached_of(policy)
+        leaves = [leaf.detach() for leaf in own]
         radius = self._as_tensors(epsilon, data["advantage"])
         try:
             values = self._function(leaves, self._fixed_of(policy), inputs, columns, weight, radius, draw)
@@ -100,15 +103,18 @@ class CompiledGradient:
         if weight.is_cuda:  # the next run of a CUDA graph writes to the same memory
             values = torch._foreach_clone(values)
         loss, *gradients = values
-        for leaf, gradient in zip(policy.parameters, gradients, strict=True):
+        for leaf, gradient in zip(own, gradients, strict=True):
             leaf.grad = gradient
         return loss
 
+    def _reached_of(self, policy: AgentPolicy) -> list[nn.Parameter]:
+        return [leaf for leaf, reached in zip(policy.parameters, self._reached, strict=True) if reached]
+
     def _fixed_of(self, policy: AgentPolicy) -> dict[str, Tensor]:
-        """What of the body is not optimised."""
+        """What of the body has no gradient."""
         if policy not in self._fixed:
-            frozen = {name: p.detach() for name, p in policy.body.named_parameters() if not p.requires_grad}
-            self._fixed[policy] = frozen | dict(policy.body.named_buffers())
+            others = {name: p.detach() for name, p in policy.body.named_parameters() if name not in self._leaves}
+            self._fixed[policy] = others | dict(policy.body.named_buffers())
         return self._fixed[policy]
 
     def _as_tensors(self, epsilon: F.Epsilon, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,6 +125,13 @@ class CompiledGradient:
             pair = epsilon if isinstance(epsilon, tuple) else (epsilon, epsilon)
             self._radius = epsilon, tuple(like.new_full((), value) for value in pair)
         return self._radius[1]
+
+
+def _reached(policy: AgentPolicy, data: Mapping) -> list[bool]:
+    """Which leaves the outputs depend on. Others have no gradient: by one of 0 a weight decay would move them."""
+    outputs = policy.forward(data["inputs"][:1].copy())
+    total = sum(output.sum() for output in outputs if output.requires_grad)
+    return [gradient is not None for gradient in torch.autograd.grad(total, policy.parameters, allow_unused=True)]
 
 
 def _columns(data: Mapping) -> dict[str, Tensor]:

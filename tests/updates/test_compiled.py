@@ -166,6 +166,19 @@ def test_frozen_parameters_and_buffers_are_the_agents_own(graphs):
     assert graphs() == 1
 
 
+def test_parameters_that_nothing_depends_on_have_no_gradient(graphs):
+    problem = make_problem(dtype=torch.float32)
+    agent = make_agents(problem)[0]
+    unused = torch.nn.Parameter(torch.ones(2))
+    agent.policy.body.register_parameter("unused", unused)
+    agent.policy.parameters = [unused, *agent.policy.parameters]
+    remember_old_policy(agent)
+    GradientStep("clip", 0.2, compiled={})(agent, agent.data, torch.ones(ROWS))
+    assert graphs() == 1
+    assert unused.grad is None
+    assert all(p.grad.any() for p in agent.policy.parameters[1:])
+
+
 def test_a_body_of_the_whole_group_is_refused():
     agent = make_agents(make_problem(twin=False))[0]
     with pytest.raises(ValueError, match="give GroupPolicy a make_twin"):
