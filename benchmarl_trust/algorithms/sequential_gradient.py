@@ -79,7 +79,9 @@ class SequentialGradient(Sequential):
         return loss
 
     def _check_compilable(self, group: str) -> None:
-        """A compiled step runs one agent's network, once. (Loops over time would be unrolled.)"""
+        """A compiled step runs one agent's network. (BenchMARL's recurrent ones make modules on the way, which
+        ``torch.compile`` does not trace.)
+        """
         recurrent = self.model_config.is_rnn
         if recurrent or not all(agent.alone for agent in self._policies[group].agents):
             kind = "is recurrent" if recurrent else "cannot be run for one agent alone"
