@@ -1,6 +1,7 @@
 """Times one iteration's training: stock MAPPO, HAPPO, and a minimal plain-PyTorch loop of HAPPO's policy updates.
 
     python benchmarks/sequential_update.py --agents 2 4 8 16
+    python benchmarks/sequential_update.py --agents 4 --compile --cells 64 64
 
 All three train on the same collected batch (VMAS balance, 60 environments x 100 steps, separate policies), one after
 the other and several times over, in one process; medians and their ratios are printed. Absolute times depend on the
@@ -9,6 +10,9 @@ machine and on what else it does: compare the ratios.
 (a)  stock MAPPO: BenchMARL's loop, actors and critic.
 (b)  HAPPO: its policy phase and its critic phase; "policy" is the policy phase alone.
 (c)  HAPPO's policy updates and nothing else, written by hand: per-agent leaves, one gather per epoch, fused Adam.
+
+With --compile the policy phase alone, as it is and with algorithm.compile=True, in turns; both in the time of the
+processor (on a GPU in that of the clock), and the first compiled phase apart, since it compiles.
 """
 
 import argparse
@@ -32,9 +36,15 @@ EPOCHS, MINIBATCH, ENVIRONMENTS, STEPS, EPSILON = 15, 400, 60, 100, 0.2
 
 
 def make_experiment(
-    algorithm, n_agents: int, device: str, folder: str, share: bool = False, epochs: int = EPOCHS
+    algorithm,
+    n_agents: int,
+    device: str,
+    folder: str,
+    share: bool = False,
+    epochs: int = EPOCHS,
+    cells: list[int] | None = None,
 ) -> Experiment:
-    """An experiment that has collected nothing yet."""
+    """An experiment that has collected nothing yet. ``cells`` are the widths of the MLPs' hidden layers."""
     config = ExperimentConfig.get_from_yaml()
     config.sampling_device = config.train_device = config.buffer_device = device
     config.share_policy_params = share
@@ -45,7 +55,9 @@ def make_experiment(
     config.save_folder = folder
     task = VmasTask.BALANCE.get_from_yaml()
     task.config.update(n_agents=n_agents, max_steps=STEPS)
-    return Experiment(task, algorithm, MlpConfig.get_from_yaml(), seed=0, config=config)
+    model = MlpConfig.get_from_yaml()
+    model.num_cells = cells or model.num_cells
+    return Experiment(task, algorithm, model, seed=0, config=config)
 
 
 def train(experiment: Experiment, batch, synchronize) -> float:
@@ -59,16 +71,16 @@ def train(experiment: Experiment, batch, synchronize) -> float:
     return time.perf_counter() - start
 
 
-def time_policy_phase(experiment: Experiment, synchronize) -> list[float]:
+def time_policy_phase(experiment: Experiment, synchronize, clock=time.perf_counter) -> list[float]:
     """A list that will hold the seconds of each policy phase of HAPPO (without MAPPO's advantages before it)."""
     seconds, original = [], experiment.algorithm._policy_phase
 
     def timed(team):
         synchronize()
-        start = time.perf_counter()
+        start = clock()
         original(team)
         synchronize()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
 
     experiment.algorithm._policy_phase = timed
     return seconds
@@ -145,6 +157,42 @@ def compare(n_agents: int, repeats: int, device: str) -> dict[str, float]:
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
+def compare_compiled(n_agents: int, repeats: int, device: str, cells: list[int] | None) -> str:
+    """Policy phases of HAPPO, eager and compiled, on the same batch with the same random numbers; a line of results."""
+    cuda = device == "cuda"
+    synchronize, clock = (torch.cuda.synchronize, time.perf_counter) if cuda else (lambda: None, time.process_time)
+    with tempfile.TemporaryDirectory() as folder:
+        experiments = []
+        for compiled in (False, True):
+            algorithm = HappoConfig.get_from_yaml()
+            algorithm.compile = compiled
+            experiments.append(make_experiment(algorithm, n_agents, device, folder, cells=cells))
+        batch = next(iter(experiments[0].collector)).exclude("info", ("agents", "info"), ("next", "agents", "info"))
+        times = [time_policy_phase(experiment, synchronize, clock) for experiment in experiments]
+        start = time.perf_counter()
+        experiments[1].algorithm.process_batch("agents", batch.clone())
+        first = time.perf_counter() - start
+        experiments[0].algorithm.process_batch("agents", batch.clone())
+        difference = distance(*experiments)
+        for k in range(repeats):
+            for experiment in experiments if k % 2 else reversed(experiments):
+                experiment.algorithm.process_batch("agents", batch.clone())
+        for experiment in experiments:
+            experiment.close()
+    eager, compiled = (each[1:] for each in times)
+    ratios = [c / e for e, c in zip(eager, compiled, strict=True)]
+    return (
+        f"{n_agents:>3}{statistics.median(eager):>9.2f}{statistics.median(compiled):>10.2f}"
+        f"{statistics.median(ratios):>8.2f}{min(ratios):>8.2f}{max(ratios):>6.2f}{first:>10.1f}{difference:>12.0e}"
+    )
+
+
+def distance(one: Experiment, other: Experiment) -> float:
+    """The largest difference of their policies' parameters."""
+    pairs = zip(one.policy.parameters(), other.policy.parameters(), strict=True)
+    return max((p - q).abs().max().item() for p, q in pairs)
+
+
 def peak_memory(name: str, n_agents: int) -> float:
     """MiB that a process of its own needs at most to train one algorithm."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -168,8 +216,16 @@ def main() -> None:
     parser.add_argument("--agents", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--compile", action="store_true", help="compare HAPPO's policy phase with the compiled one")
+    parser.add_argument("--cells", type=int, nargs="+", help="with --compile: widths of the hidden layers (256 256)")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    if arguments.compile:
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.device}; medians in seconds")
+        print(f"{'N':>3}{'eager':>9}{'compiled':>10}{'ratio':>8}{'from':>8}{'to':>6}{'first':>10}{'difference':>12}")
+        for n_agents in arguments.agents:
+            print(compare_compiled(n_agents, arguments.repeats, arguments.device, arguments.cells), flush=True)
+        return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.device}; medians in seconds")
     print(f"{'N':>3}{'(a) MAPPO':>11}{'(b) HAPPO':>11}{'policy':>9}{'(c) minimal':>13}{'b/a':>8}{'policy/c':>10}")
     for n_agents in arguments.agents:

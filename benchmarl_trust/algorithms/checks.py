@@ -1,7 +1,10 @@
 """Settings that have no meaning beside others are refused: key, value, reason, cure. Those of one key: ``keys.py``."""
 
+import importlib.util
 import math
 import os
+import sysconfig
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -44,6 +47,33 @@ def check_memory(n_rollouts: int, frames: int, device: DEVICE_TYPING, frame_byte
             f"as many batches of {frames} frames take at least {needed / 1e9:,.0f} GB, and {device} has "
             f"{there / 1e9:,.0f} GB. It must be a whole number that leaves room for the rest. The usual value is 1.",
         )
+
+
+def check_compiler(device: torch.device | str) -> None:
+    """Refuse to compile where ``torch.compile`` has nothing to do it with.
+
+    Args:
+        device (torch.device or str): where the compiled function is to run.
+
+    Raises:
+        ValueError: with what is missing and where it comes from.
+    """
+    from torch._inductor import cpp_builder  # it takes a second to import
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    without = "Or take algorithm.compile=False."
+    try:
+        cpp_builder.get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError):
+        cure = f"Install one (apt install g++, say) or name yours by the environment variable CXX. {without}"
+        refuse("compile", True, f"torch.compile needs a C++ compiler, and there is none that works. {cure}")
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").is_file():
+        cure = f"Install them (apt install python3-dev, say). {without}"
+        refuse("compile", True, f"torch.compile needs Python's headers, and there is no Python.h in {headers}. {cure}")
+    if torch.device(device).type == "cuda" and importlib.util.find_spec("triton") is None:
+        cure = f"Install PyTorch's build for CUDA, which brings it. {without}"
+        refuse("compile", True, f"on a GPU torch.compile needs the package triton, which is not installed. {cure}")
 
 
 def _memory(device: torch.device) -> float:

@@ -6,16 +6,18 @@ from typing import cast
 import torch
 from benchmarl.experiment import ExperimentConfig
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torchrl.objectives import LossModule
 
 from benchmarl_trust import functional as F
-from benchmarl_trust.algorithms.checks import refuse
+from benchmarl_trust.algorithms.checks import check_compiler, refuse
 from benchmarl_trust.algorithms.keys import Flag, Number, Radius, setting
 from benchmarl_trust.algorithms.sequential import Sequential, SequentialConfig
 from benchmarl_trust.policy import Agent, Head, forward, log_ratio_of
 from benchmarl_trust.updates import (
     Advantage,
+    CompiledGradient,
     GradientStep,
     MinibatchEpochs,
     PositionInfo,
@@ -37,6 +39,8 @@ class SequentialGradient(Sequential):
             recurrent policies are whole sequences, which can make a step less per epoch.)
         actor_minibatch_size (int, optional): frames per step of an agent; None: the experiment's
             ``on_policy_minibatch_size``.
+        compile (bool): loss and gradient of a minibatch are one function of ``torch.compile``, for all agents of a
+            group; see :class:`~benchmarl_trust.updates.CompiledGradient`. The numbers are the same to rounding.
         **kwargs: those of :class:`~benchmarl_trust.algorithms.sequential.Sequential`.
 
     Raises:
@@ -49,7 +53,14 @@ class SequentialGradient(Sequential):
         "MAPPO's as there are agents."
     )
 
-    def __init__(self, epsilon_by_position: bool, actor_epochs: int | None, actor_minibatch_size: int | None, **kwargs):
+    def __init__(
+        self,
+        epsilon_by_position: bool,
+        actor_epochs: int | None,
+        actor_minibatch_size: int | None,
+        compile: bool,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         if self.factor == "inside_clip" and self.surrogate != "clip":
             refuse(
@@ -61,6 +72,27 @@ class SequentialGradient(Sequential):
         self.epsilon_by_position = epsilon_by_position
         self.actor_epochs = actor_epochs or self.experiment_config.n_optimizer_steps(self.on_policy)
         self.minibatch_frames = actor_minibatch_size or self.experiment_config.train_minibatch_size(self.on_policy)
+        self._compiled: dict[Head, CompiledGradient] | None = {} if compile else None
+
+    def _get_loss(self, group: str, policy_for_loss: TensorDictModule, continuous: bool) -> tuple[LossModule, bool]:
+        loss = super()._get_loss(group, policy_for_loss, continuous)
+        if self._compiled is not None:
+            self._check_compilable(group)
+        return loss
+
+    def _check_compilable(self, group: str) -> None:
+        """A compiled step runs one agent's network. (BenchMARL's recurrent ones make modules on the way, which
+        ``torch.compile`` does not trace.)
+        """
+        recurrent = self.model_config.is_rnn
+        if recurrent or not all(agent.alone for agent in self._policies[group].agents):
+            kind = "is recurrent" if recurrent else "cannot be run for one agent alone"
+            refuse(
+                "compile",
+                True,
+                f"the policy of group {group} {kind} ({type(self.model_config).__name__}). Take "
+                "algorithm.compile=False, or a model of separate agents without a state (an MLP or a CNN).",
+            )
 
     def _get_parameters(self, group: str, loss: LossModule) -> dict[str, list]:
         """One optimizer per agent (one Adam for all would move the others by stale momentum), and the critic's."""
@@ -122,6 +154,7 @@ class SequentialGradient(Sequential):
             max_grad_norm=config.clip_grad_val if by_norm else None,
             max_grad_value=None if by_norm else config.clip_grad_val,
             by_position=self.epsilon_by_position,
+            compiled=self._compiled,
         )
 
     def _chunk(self, agents: list[Agent]) -> int:
@@ -148,10 +181,13 @@ class SequentialGradientConfig(SequentialConfig):
     epsilon_by_position: bool = setting(Flag(usual=False))
     actor_epochs: int | None = setting(Number(least=1, most=10_000, whole=True, null=True, usual=None))
     actor_minibatch_size: int | None = setting(Number(most=None, whole=True, null=True, usual=None))
+    compile: bool = setting(Flag(usual=False))
 
     def check_keys(self, experiment: ExperimentConfig) -> None:
-        """Also the size of a minibatch, which has as many frames as a batch at most."""
+        """Also the size of a minibatch, which has as many frames as a batch at most; and what ``compile`` needs."""
         super().check_keys(experiment)
+        if self.compile:
+            check_compiler(experiment.train_device)
         frames = experiment.collected_frames_per_batch(self.on_policy())
         if self.actor_minibatch_size is not None and not 1 <= self.actor_minibatch_size <= frames:
             refuse(

@@ -48,6 +48,11 @@ class AgentPolicy:
     sources: list[tuple[nn.Parameter, int | None]] | None = None
     stack: "StackedPolicy | None" = None
 
+    @property
+    def alone(self) -> bool:
+        """Whether ``body`` runs this agent and no other, and ``parameters`` are its own."""
+        return self.width == 1 and self.sources is None
+
     def inputs(self, batch: TensorDictBase) -> TensorDict:
         """What ``body`` reads, of the agents that it runs."""
         keys = [*self.body.in_keys, *(key for key in self.head.keys if key not in self.body.out_keys)]
@@ -84,6 +89,10 @@ class AgentPolicy:
     def entropy(self, parameters: tuple[Tensor, ...]) -> Tensor:
         """Entropy, [*]."""
         return self.head.entropy(parameters, self.index)
+
+    def draw(self, action: Tensor) -> tuple[Tensor, ...]:
+        """What the head estimates this agent's entropy with, beside the distribution's parameters."""
+        return self.head.draw(action, self.index)
 
     def backward(self, loss: Tensor) -> None:
         """Leave the gradient of ``loss`` in ``grad`` of the agent's leaves, and nowhere else."""
@@ -209,14 +218,19 @@ def log_ratio_of(policy: AgentPolicy | Head, outputs: tuple[Tensor, ...], data: 
 
 
 def surrogate_of(
-    policy: AgentPolicy, outputs: tuple[Tensor, ...], data: Mapping, weight: Tensor, surrogate: str, epsilon: F.Epsilon
+    policy: AgentPolicy | Head,
+    outputs: tuple[Tensor, ...],
+    data: Mapping,
+    weight: Tensor,
+    surrogate: str,
+    epsilon: F.Epsilon,
 ) -> Tensor:
     r"""One agent's objective :math:`J_i = \operatorname{mean}(w · \mathrm{gain}(x_i + \log g, A))`, a scalar.
 
     Gradient steps, natural steps, their line search and the loss modules of single agents all call this.
 
     Args:
-        policy (AgentPolicy): the agent's.
+        policy (AgentPolicy or Head): the agent's.
         outputs (tuple of Tensor): its distribution's parameters, each [*, ...].
         data (Mapping): see :class:`Agent`; log g, if the factor is inside the gain, is its ``shift`` [*].
         weight (Tensor): w, [*].

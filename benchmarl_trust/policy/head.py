@@ -65,23 +65,31 @@ class NormalHead:
         curvatures = [weight.unsqueeze(-1) * curvature for curvature in F.normal_kl_curvature(parameters[1])]
         return lambda vectors: [None if v is None else h * v for h, v in zip(curvatures, vectors, strict=True)]
 
-    def entropy(self, parameters: tuple[Tensor, ...], agent: int | None = None) -> Tensor:
+    def entropy(
+        self, parameters: tuple[Tensor, ...], agent: int | None = None, draw: tuple[Tensor, ...] | None = None
+    ) -> Tensor:
         """Entropy of one agent of the group, [*], or of all, [*, N]: a squashed normal has no closed form and gets a
-        one-sample estimate, as in TorchRL.
+        one-sample estimate, as in TorchRL. It is made with ``draw``, or with a new :meth:`draw`.
         """
         loc, scale = parameters
         if not self.squashed:
             return scale.log().sum(-1) + 0.5 * (1 + math.log(2 * math.pi)) * scale.shape[-1]
-        place = loc.device, loc.dtype
+        return F.squashed_normal_entropy(loc, scale, *(self.draw(loc, agent) if draw is None else draw))
+
+    def draw(self, like: Tensor, agent: int | None = None) -> tuple[Tensor, ...]:
+        """What an estimate of the entropy is made with beside the distribution's parameters, in the shape of ``like``
+        (base actions, or their means): the log of the interval's half width, and noise. A closed form needs nothing.
+        """
+        if not self.squashed:
+            return ()
+        place = like.device, like.dtype
         if place not in self._log_half_width:  # the bounds are where actions are sampled: copied once
-            self._log_half_width[place] = self.log_half_width.to(loc)
+            self._log_half_width[place] = self.log_half_width.to(like)
         width = self._log_half_width[place]
         width = width[agent] if agent is not None and width.ndim > 1 else width
         if agent is None:  # agent by agent, so that one by one they would have the same
-            noise = torch.stack([torch.randn_like(x) for x in loc.unbind(-2)], -2)
-        else:
-            noise = torch.randn_like(loc)
-        return F.squashed_normal_entropy(loc, scale, width, noise)
+            return width, torch.stack([torch.randn_like(x) for x in like.unbind(-2)], -2)
+        return width, torch.randn_like(like)
 
 
 class CategoricalHead:
@@ -112,9 +120,15 @@ class CategoricalHead:
 
         return product
 
-    def entropy(self, parameters: tuple[Tensor, ...], agent: int | None = None) -> Tensor:
+    def entropy(
+        self, parameters: tuple[Tensor, ...], agent: int | None = None, draw: tuple[Tensor, ...] | None = None
+    ) -> Tensor:
         """Entropy, [*]."""
         return F.categorical_entropy(F.categorical_log_probs(*parameters))
+
+    def draw(self, like: Tensor, agent: int | None = None) -> tuple[Tensor, ...]:
+        """Nothing: the entropy has a closed form."""
+        return ()
 
 
 Head = NormalHead | CategoricalHead

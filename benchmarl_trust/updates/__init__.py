@@ -1,6 +1,7 @@
 """Stateful procedures over one batch. They know TensorDicts and policies, but not BenchMARL."""
 
 from benchmarl_trust.updates.allocation import SCORES, GreedyAllocation, KktAllocation, UniformAllocation
+from benchmarl_trust.updates.compiled import CompiledGradient
 from benchmarl_trust.updates.gradient import (
     EpochsInfo,
     GradientStep,
@@ -17,6 +18,7 @@ __all__ = [
     "SCORES",
     "Advantage",
     "Allocation",
+    "CompiledGradient",
     "EpochsInfo",
     "GradientStep",
     "GreedyAllocation",

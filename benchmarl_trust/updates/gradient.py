@@ -9,11 +9,9 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from benchmarl_trust import functional as F
-from benchmarl_trust.policy import Agent, forward, kl_of, old_outputs, surrogate_of
+from benchmarl_trust.policy import Agent, Head, forward, kl_of, old_outputs, surrogate_of
+from benchmarl_trust.updates.compiled import COLUMNS, CompiledGradient
 from benchmarl_trust.updates.sweep import StepInfo
-
-#: What a step reads of an agent's data, where it is there.
-COLUMNS = ("inputs", "action", "advantage", "old_log_prob", "mask", "shift")
 
 
 @dataclass
@@ -33,6 +31,9 @@ class GradientStep:
         max_grad_value (float, optional): clip the gradient's entries to this.
         by_position (bool): the agent at position k of N has the radius ε (1 + k/N)/2 (Wang et al. 2023, A2PO's
             ``near_linear`` schedule with weight ½, the authors').
+        compiled (dict, optional): the compiled functions of groups by their head, which steps fill and use; to be kept
+            over iterations. A function serves minibatches of the size that its group's first one had; others (an
+            epoch's last, smaller one) are computed eagerly. None: all are.
     """
 
     surrogate: str
@@ -41,6 +42,7 @@ class GradientStep:
     max_grad_norm: float | None = None
     max_grad_value: float | None = None
     by_position: bool = False
+    compiled: dict[Head, CompiledGradient] | None = None
 
     def __call__(self, agent: Agent, data: Mapping, weight: Tensor, place: float = 1.0) -> StepInfo:
         """Step on all rows of ``data``, weighted by ``weight`` [*]; ``place`` is the agent's position k/N.
@@ -50,19 +52,46 @@ class GradientStep:
         """
         if agent.optimizer is None:
             raise ValueError("A gradient step needs an optimizer: give GroupPolicy.make_agents one for each agent.")
-        loss = self.loss(agent, data, weight, place)
-        agent.policy.backward(loss)
+        loss = self._backward(agent, data, weight, place)
         grad_norm = self._clip(agent.policy.parameters)
         agent.optimizer.step()
-        return StepInfo(loss.detach(), grad_norm)
+        return StepInfo(loss, grad_norm)
 
     def loss(self, agent: Agent, data: Mapping, weight: Tensor, place: float = 1.0) -> Tensor:
         """L_i, with the graph to the agent's parameters."""
         outputs = agent.policy.forward(data["inputs"])
-        loss = -surrogate_of(agent.policy, outputs, data, weight, self.surrogate, self.radius(place))
+        return self._loss_of(agent.policy.head, outputs, data, weight, self.radius(place), self._draw(agent, data))
+
+    def _loss_of(
+        self,
+        head: Head,
+        outputs: tuple[Tensor, ...],
+        data: Mapping,
+        weight: Tensor,
+        epsilon: F.Epsilon,
+        draw: tuple[Tensor, ...],
+    ) -> Tensor:
+        loss = -surrogate_of(head, outputs, data, weight, self.surrogate, epsilon)
         if self.entropy_coef:
-            loss = loss - self.entropy_coef * F.masked_mean(agent.policy.entropy(outputs), data.get("mask", None))
+            entropy = head.entropy(outputs, draw=draw)
+            loss = loss - self.entropy_coef * F.masked_mean(entropy, data.get("mask", None))
         return loss
+
+    def _draw(self, agent: Agent, data: Mapping) -> tuple[Tensor, ...]:
+        return agent.policy.draw(data["action"]) if self.entropy_coef else ()
+
+    def _backward(self, agent: Agent, data: Mapping, weight: Tensor, place: float) -> Tensor:
+        """Leave the gradient of L_i in ``grad`` of the agent's leaves; returns L_i."""
+        if self.compiled is not None:
+            head = agent.policy.head
+            if head not in self.compiled:
+                self.compiled[head] = CompiledGradient(agent.policy, data, self._loss_of)
+            if self.compiled[head].rows == len(weight):
+                draw = self._draw(agent, data)
+                return self.compiled[head](agent.policy, data, weight, self.radius(place), draw)
+        loss = self.loss(agent, data, weight, place)
+        agent.policy.backward(loss)
+        return loss.detach()
 
     def radius(self, place: float) -> F.Epsilon:
         """ε at the position k/N.
@@ -118,7 +147,7 @@ class MinibatchEpochs:
     def __call__(self, agent: Agent, data: TensorDict, weight: Tensor, place: float = 1.0) -> StepInfo | EpochsInfo:
         """Take the steps; the loss and the gradient norm of the result are means over them."""
         # One gather per epoch and a plain dictionary per minibatch: TensorDicts would cost as much as the network.
-        names = [name for name in COLUMNS if name in data.keys()]
+        names = [name for name in ("inputs", *COLUMNS) if name in data.keys()]
         columns = {name: data[name] for name in names} | {"weight": weight}
         infos = []
         for epoch, rows in enumerate(shuffles(len(data), self.epochs, self.generator, self.rows), 1):
