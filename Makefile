@@ -1,8 +1,9 @@
 # make demo   sets up, trains MARS and MAPPO on vmas/balance, draws their learning curves
 # make test   sets up, runs the tests but for the slow ones, about five minutes on two cores
 # make test-gpu runs the tests of what a GPU does, on one where there is one, else on a simulated one (tests/simcuda)
-# make check  runs the slow tests (further algorithms, tasks and processes), make test-gpu and make lint
+# make check  runs the slow tests (further algorithms, tasks and processes), make test-gpu, make docs and make lint
 # make matrix runs every algorithm on every task and model, and all combinations of keys; writes docs/matrix.md
+# make docs   builds the documentation into docs/_build, offline; a warning or a link to nowhere is an error
 # make lint   ruff check and format check
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 DEMO_FRAMES ?= 120000
 DEMO_FOLDER ?= outputs/demo
 
-.PHONY: demo test test-gpu check matrix lint clean
+.PHONY: demo test test-gpu check matrix docs lint clean
 
 demo: $(VENV)/.installed-vmas
 	rm -rf $(DEMO_FOLDER)
@@ -27,18 +28,22 @@ test: $(VENV)/.installed-test
 test-gpu: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m gpu --simcuda
 
-check: lint test-gpu
+check: lint docs test-gpu
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 matrix: $(VENV)/.installed-test
 	$(BIN)/python -W ignore tests/matrix.py
+
+docs: $(VENV)/.installed-test
+	$(BIN)/python -m sphinx -q -E -W --keep-going -d docs/_build/doctrees docs docs/_build/html
+	@echo docs/_build/html/index.html
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) outputs multirun dist build
+	rm -rf $(VENV) outputs multirun dist build docs/_build
 
 # Editable installs with versions that are known to work together (constraints.txt).
 $(VENV)/.installed-vmas: EXTRAS = vmas,plots
