@@ -27,7 +27,7 @@ html_math_renderer = "mathml"
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3  # links to headings, as other hosts of Markdown resolve them
 
-autodoc_member_order = "groupwise"
+autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # docstrings give the types, beside the shapes
 autodoc_inherit_docstrings = False  # the hosts' docstrings are not ours to show
 napoleon_use_ivar = True
