@@ -1,0 +1,120 @@
+"""Runs what is missing of the study in plan.yaml, one thread per run, and goes on where it was stopped.
+
+    python benchmarks/study/run.py --jobs 2                       # all parts, from top to bottom
+    python benchmarks/study/run.py --parts defaults --arms mappo hatrpo --tasks vmas/balance
+
+A run is ``python -m benchmarl.run`` with the plan's settings, in ``<out>/<part>/<task>/<arm>/seed<k>``. The file
+``finished`` in its folder says that it is whole, ``log.txt`` is what it printed. A run that was cut off starts again,
+so that its numbers are those of a run that was not, bit for bit: after a resume environments start anew. A run that
+fails is named at the end, and is tried again next time.
+"""
+
+import argparse
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+from tqdm import tqdm
+
+PLAN = Path(__file__).with_name("plan.yaml")
+
+
+class Run(NamedTuple):
+    """One training."""
+
+    part: str
+    task: str
+    arm: str
+    seed: int
+    settings: tuple[str, ...]
+
+    def folder(self, out: Path) -> Path:
+        """Where its files are."""
+        return out / self.part / self.task.replace("/", "_") / self.arm.replace(" ", "_") / f"seed{self.seed}"
+
+
+def planned(plan: dict) -> list[Run]:
+    """All runs of the plan: part by part, task by task, seed by seed, so that all arms have equal seeds early.
+
+    Raises:
+        ValueError: where a part names an arm that the plan does not have.
+    """
+    runs = []
+    for name, part in plan["parts"].items():
+        arms = dict(_arms(plan, part))
+        common = (*plan["settings"], *part.get("settings", ()))
+        for task, seed, arm in itertools.product(part["tasks"], part["seeds"], arms):
+            runs.append(Run(name, task, arm, seed, (*common, *arms[arm], f"task={task}", f"seed={seed}")))
+    return runs
+
+
+def _arms(plan: dict, part: dict) -> Iterator[tuple[str, list[str]]]:
+    """The part's arms and their settings; with ``radius`` an arm for each value."""
+    radius = part.get("radius")
+    names = radius or (plan["arms"] if part["arms"] == "all" else part["arms"])
+    for name in names:
+        if name not in plan["arms"]:
+            raise ValueError(f"There is no arm {name} in the plan: {', '.join(plan['arms'])}.")
+        if radius is None:
+            yield name, plan["arms"][name]
+            continue
+        for key, values in radius[name].items():
+            for value in values:
+                yield f"{name} {value:g}", [*plan["arms"][name], f"{key}={value}"]
+
+
+def train(run: Run, out: Path) -> bool:
+    """Run it from its start; whether it is whole now."""
+    folder = run.folder(out)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    command = ["benchmarl.run", *run.settings, f"hydra.run.dir={folder.resolve()}"]
+    with (folder / "log.txt").open("w") as log:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-m", *command], stdout=log, stderr=log, env=environment)
+    if done.returncode == 0:
+        (folder / "finished").touch()
+    return done.returncode == 0
+
+
+def main() -> None:
+    """Run what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--plan", type=Path, default=PLAN, metavar="FILE", help="the plan")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="how many runs at a time")
+    parser.add_argument("--out", type=Path, default=Path("outputs/study"), metavar="FOLDER", help="folder of the runs")
+    for name in ("parts", "tasks", "arms"):
+        parser.add_argument(f"--{name}", nargs="+", metavar=name[:-1].upper(), help=f"these {name} of the plan alone")
+    arguments = parser.parse_args()
+    runs = planned(yaml.safe_load(arguments.plan.read_text()))
+    for name in ("parts", "tasks", "arms"):
+        wanted, known = getattr(arguments, name), {getattr(run, name[:-1]) for run in runs}
+        if wanted is not None and not known.issuperset(wanted):
+            parser.error(f"--{name}: the plan has {', '.join(sorted(known))}")
+        runs = [run for run in runs if wanted is None or getattr(run, name[:-1]) in wanted]
+    missing = [run for run in runs if not (run.folder(arguments.out) / "finished").exists()]
+    failed = []
+    with (
+        ThreadPoolExecutor(arguments.jobs) as pool,
+        tqdm(total=len(runs), initial=len(runs) - len(missing), unit="run") as bar,
+    ):
+        futures = {pool.submit(train, run, arguments.out): run for run in missing}
+        for future in as_completed(futures):
+            run = futures[future]
+            bar.set_postfix_str(f"{run.part} {run.task} {run.arm} seed {run.seed}")
+            bar.update()
+            if not future.result():
+                failed.append(run.folder(arguments.out))
+    if failed:
+        sys.exit("These runs failed, see log.txt in their folders:\n" + "\n".join(map(str, failed)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""The study's plan and its runner: what it would run, and that a runner that is killed goes on to the same results."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from benchmarl.hydra_config import load_algorithm_config_from_hydra, load_experiment_config_from_hydra
+from hydra import compose, initialize_config_module
+
+FILE = Path(__file__).parents[1] / "benchmarks" / "study" / "run.py"
+spec = importlib.util.spec_from_file_location("study_run", FILE)
+study = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(study)
+
+PLAN = yaml.safe_load(study.PLAN.read_text())
+TINY = """
+settings:
+  - experiment=vmas_laptop
+  - experiment.max_n_frames=18000
+  - experiment.evaluation_interval=6000
+  - model.num_cells=[8]
+  - critic_model.num_cells=[8]
+arms:
+  mars: [algorithm=mars]
+  happo: [algorithm=happo]
+parts:
+  tiny: {arms: all, tasks: [trust_games/differential], seeds: [0]}
+"""
+
+
+def test_the_plan_has_every_run_once():
+    runs = study.planned(PLAN)
+    assert len({run.folder(Path()) for run in runs}) == len(runs)
+    of_defaults = [run for run in runs if run.part == "defaults"]
+    assert len(of_defaults) == len(PLAN["arms"]) * 2 * 3
+    assert set(Counter((run.task, run.seed) for run in of_defaults).values()) == {len(PLAN["arms"])}
+
+
+def test_each_arm_tries_three_radii_and_its_default_is_one():
+    tuning = PLAN["parts"]["tuning"]
+    assert tuning["radius"].keys() == PLAN["arms"].keys()
+    with initialize_config_module("benchmarl.conf", version_base=None):
+        for arm, radius in tuning["radius"].items():
+            ((key, values),) = radius.items()
+            assert len(values) == 3
+            algorithm = compose("config", overrides=[*PLAN["arms"][arm], "task=vmas/balance"]).algorithm
+            assert algorithm[key.removeprefix("algorithm.")] in values
+
+
+def test_seeds_of_screen_and_tuning_are_not_used_again():
+    seeds = {name: set(part["seeds"]) for name, part in PLAN["parts"].items()}
+    assert not seeds["screen"] & seeds["tuning"]
+    assert not (seeds.pop("screen") | seeds.pop("tuning")) & set.union(*seeds.values())
+
+
+def test_an_arm_that_is_not_there_is_named():
+    plan = {"settings": [], "arms": {"a": []}, "parts": {"p": {"arms": ["b"], "tasks": ["t"], "seeds": [0]}}}
+    with pytest.raises(ValueError, match="no arm b in the plan: a"):
+        study.planned(plan)
+
+
+def test_later_settings_win():
+    plan = {"settings": ["s=1"], "arms": {"a": ["a=1"]}}
+    plan["parts"] = {"p": {"radius": {"a": {"r": [0.5]}}, "settings": ["s=2"], "tasks": ["t"], "seeds": [3]}}
+    (run,) = study.planned(plan)
+    assert run.arm == "a 0.5"
+    assert run.settings == ("s=1", "s=2", "a=1", "r=0.5", "task=t", "seed=3")
+    assert run.folder(Path("out")) == Path("out/p/t/a_0.5/seed3")
+
+
+@pytest.mark.slow
+def test_benchmarl_takes_the_settings_of_all_runs():
+    with initialize_config_module("benchmarl.conf", version_base=None):
+        for run in study.planned(PLAN):
+            config = compose("config", overrides=list(run.settings), return_hydra_config=True)
+            experiment = load_experiment_config_from_hydra(config.experiment)
+            assert experiment.max_n_frames % experiment.evaluation_interval == 0
+            check = getattr(load_algorithm_config_from_hydra(config.algorithm), "check_keys", None)
+            if check is not None:
+                check(experiment)
+
+
+def start(folder: Path) -> subprocess.Popen:
+    (folder / "plan.yaml").write_text(TINY)
+    command = [sys.executable, str(FILE), "--plan", "plan.yaml", "--out", "runs"]
+    return subprocess.Popen(command, cwd=folder, start_new_session=True, stderr=subprocess.PIPE, text=True)
+
+
+def results(folder: Path) -> dict[str, str]:
+    """The evaluations and the parameters' trace of each run, as the logger wrote them."""
+    names = ("eval_reward_episode_reward_mean", "train_agents_policy_kl", "train_agents_skipped_steps")
+    files = [file for name in names for file in folder.rglob(f"{name}.csv")]
+    return {f"{file.relative_to(folder).parts[2]} {file.stem}": file.read_text() for file in files}
+
+
+@pytest.mark.slow
+def test_a_runner_that_is_killed_goes_on_to_the_same_results(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        folder.mkdir()
+    assert start(whole).wait() == 0
+    first = start(cut)
+    end = time.monotonic() + 120
+    while not results(cut / "runs"):
+        assert first.poll() is None, first.stderr.read()
+        assert time.monotonic() < end, "no iteration in two minutes"
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert not list(cut.rglob("finished"))
+    second = start(cut)
+    said = second.communicate()[1]
+    assert second.returncode == 0, said
+    assert "2/2" in said
+    assert len(list(cut.rglob("finished"))) == 2
+    assert len(results(whole / "runs")) == 6
+    assert results(cut / "runs") == results(whole / "runs")
+    third = start(cut)
+    assert third.wait() == 0  # nothing is left, nothing changes
+    assert results(cut / "runs") == results(whole / "runs")
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_named_and_tried_again(tmp_path):
+    first = start(tmp_path)
+    first.kill()
+    first.wait()
+    (tmp_path / "plan.yaml").write_text(TINY.replace("algorithm=happo]", "algorithm=happo, algorithm.epsilon=2]"))
+    command = [sys.executable, str(FILE), "--plan", "plan.yaml", "--out", "runs", "--arms", "happo"]
+    for _ in range(2):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "runs/tiny/trust_games_differential/happo/seed0" in done.stderr
+        assert not list(tmp_path.rglob("finished"))
+    (log,) = tmp_path.rglob("log.txt")
+    assert "algorithm.epsilon" in log.read_text()
