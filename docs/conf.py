@@ -13,7 +13,7 @@ import benchmarl_trust
 project = "benchmarl_trust"
 release = benchmarl_trust.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build", "results/**", "figures/**"]
+exclude_patterns = ["_build"]
 
 html_theme = "furo"
 html_title = f"{project} {release}"

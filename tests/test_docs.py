@@ -134,7 +134,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
+@pytest.mark.parametrize("page", sorted({*PAGES, *(file.name for file in ROOT.glob("*.md"))}))
 def test_links_lead_somewhere(page):
     text = re.sub(r"`[^`\n]*`", "", FENCE.sub("", (ROOT / page).read_text()))
     targets = re.findall(r"\]\(([^)\s]+)[^)]*\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
