@@ -3,8 +3,9 @@
 # make figures draws the pictures of the documentation, from data in docs/results, but for the animations
 # make animations trains HATRPO on two tasks, ten minutes on two cores, and draws an episode of each (needs OpenGL)
 # make test-gpu runs the tests of what a GPU does, on one where there is one, else on a simulated one (tests/simcuda)
-# make check  runs the slow tests (further algorithms, tasks and processes), make test-gpu and make lint
+# make check  runs the slow tests (further algorithms, tasks and processes), make test-gpu, make docs and make lint
 # make matrix runs every algorithm on every task and model, and all combinations of keys; writes docs/matrix.md
+# make docs   builds the documentation into docs/_build, offline; a warning or a link to nowhere is an error
 # make lint   ruff check and format check, pyright on the package
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 DEMO_FRAMES ?= 120000
 DEMO_FOLDER ?= outputs/demo
 
-.PHONY: demo test test-gpu check matrix lint clean
+.PHONY: demo test test-gpu check matrix docs lint clean
 
 demo: $(VENV)/.installed-vmas
 	rm -rf $(DEMO_FOLDER)
@@ -29,7 +30,7 @@ test: $(VENV)/.installed-test
 test-gpu: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m gpu --simcuda
 
-check: lint test-gpu
+check: lint docs test-gpu
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 .PHONY: figures animations
@@ -42,13 +43,17 @@ animations: $(VENV)/.installed-vmas
 matrix: $(VENV)/.installed-test
 	$(BIN)/python -W ignore tests/matrix.py
 
+docs: $(VENV)/.installed-test
+	$(BIN)/python -m sphinx -q -E -W --keep-going -d docs/_build/doctrees docs docs/_build/html
+	@echo docs/_build/html/index.html
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
-	rm -rf $(VENV) outputs multirun dist build
+	rm -rf $(VENV) outputs multirun dist build docs/_build
 
 # Editable installs with versions that are known to work together (constraints.txt).
 $(VENV)/.installed-vmas: EXTRAS = vmas,report

@@ -1,4 +1,4 @@
-"""Writes the policies of a checkpoint as files that run without BenchMARL, TorchRL, tensordict and this package.
+"""Writes the policies of a checkpoint as files that run without BenchMARL, TorchRL, tensordict and this package::
 
     python -m benchmarl_trust.export outputs/<day>/<time>/<run>/checkpoints/latest.pt --out policies
 
@@ -6,7 +6,7 @@ writes one file per agent, or one per group where the agents share their policy,
 (``--format torch``, ``.pt2``) or as ONNX (``--format onnx``, extra ``export``), and beside each a JSON file that says
 what goes in and comes out. Any checkpoint of an on-policy algorithm will do, BenchMARL's own as well as this package's.
 
-What a file holds is one agent's deterministic policy, over a batch of any size B:
+What a file holds is one agent's deterministic policy, over a batch of any size B::
 
     action, *state = policy(*observations, [action_mask], *state)
 

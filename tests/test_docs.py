@@ -1,28 +1,68 @@
-"""The commands of the documentation's pages, as they stand there."""
+"""README and the documentation's pages: their commands as they stand there, their links, the site.
+
+Every block of bash and Python is run, those of a page one after another in one folder. A block that is not says so in a
+comment on the line before it: ``<!-- long: two hours -->``, or ``<!-- elsewhere: tests/test_x.py -->``, which does it.
+"""
 
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = ["README.md", *sorted(str(file.relative_to(ROOT)) for file in DOCS.rglob("*.md") if "_build" not in file.parts)]
+OWN_TEST = ("docs/checkpoints.md", "docs/export.md")  # below; they count the page's blocks
+FENCE = re.compile(r"^( *)(```+)(\S*)[^\n]*\n(.*?)^ *\2 *$", re.MULTILINE | re.DOTALL)
+MARK = re.compile(r"<!-- (long|elsewhere): (.+) -->\n+\Z")
+RUN, SHOWN = ("bash", "python"), ("bibtex", "json", "text", "yaml")
+#: What makes a run short, whatever its preset and the command's own overrides, of which the last one counts.
+SHORT = {
+    "max_n_frames": 120,
+    "on_policy_collected_frames_per_batch": 60,
+    "on_policy_n_envs_per_worker": 2,
+    "on_policy_minibatch_size": 60,
+    "on_policy_n_minibatch_iters": 1,
+    "evaluation_interval": 120,
+    "evaluation_episodes": 2,
+}
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    language: str
+    code: str
+    mark: str | None
+    """Why it is not run here: long or elsewhere."""
+    why: str | None
+
+
+def blocks(page: str) -> list[Block]:
+    text = (ROOT / page).read_text()
+    found = []
+    for fence in FENCE.finditer(text):
+        mark = MARK.search(text, 0, fence.start())
+        found.append(Block(fence[3], fence[4], *(mark.groups() if mark else (None, None))))
+    return found
 
 
 def commands(page: str) -> list[str]:
     """The page's blocks of shell commands."""
-    return re.findall(r"^```bash\n(.*?)^```", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
+    return [block.code for block in blocks(f"docs/{page}") if block.language == "bash"]
 
 
-def shell(command: str, cwd: Path) -> str:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+def shell(command: str, cwd: Path, first: Path = Path(sys.executable).parent) -> str:
+    path = f"{first}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-e", "-c", command], cwd=cwd, env={**os.environ, "PATH": path}, capture_output=True, text=True
     )
     output = done.stdout + done.stderr
-    assert done.returncode == 0, output[-3000:]
+    assert done.returncode == 0, f"{command}\n{output[-3000:]}"
     return output
 
 
@@ -41,6 +81,99 @@ def test_contributing_names_what_is_there():
     for selected in re.findall(r"-m pytest (.+)$", text, re.MULTILINE):
         command = [sys.executable, "-m", "pytest", "--collect-only", "-qq", *selected.split()]
         assert subprocess.run(command, cwd=root, capture_output=True, check=False).returncode == 0, selected
+
+
+@pytest.fixture
+def short_python(tmp_path_factory) -> Path:
+    """A folder with a ``python`` that makes runs of BenchMARL's command line short."""
+    folder = tmp_path_factory.mktemp("bin")
+    overrides = " ".join(f"experiment.{key}={value}" for key, value in SHORT.items())
+    (folder / "python").write_text(
+        f"""#!/bin/bash
+case " $* " in
+    *" -m benchmarl.run "* | *" examples/parallel_collection.py "*) exec {sys.executable} "$@" {overrides} ;;
+    *) exec {sys.executable} "$@" ;;
+esac
+"""
+    )
+    (folder / "python").chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_are_run_or_say_why_not(page):
+    for block in blocks(page):
+        assert block.language in (*RUN, *SHOWN) or block.language.startswith("{"), block
+        if block.mark == "elsewhere":
+            assert (ROOT / block.why).is_file(), block
+        if page in OWN_TEST:
+            assert block.mark is None, block
+
+
+def test_a_block_is_found_with_its_mark(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    page = "```bash\na\n```\n<!-- long: x -->\n```bash\nb\n```\n\n- c\n\n  ```python\n  d\n  ```\n"
+    page += "<!-- other: y -->\n```text\ne\n```\n"
+    (tmp_path / "page.md").write_text(page)
+    found = [(block.language, block.code.strip(), block.mark, block.why) for block in blocks("page.md")]
+    assert found == [
+        ("bash", "a", None, None),
+        ("bash", "b", "long", "x"),
+        ("python", "d", None, None),
+        ("text", "e", None, None),
+    ]
+
+
+def to_run(page: str) -> list[Block]:
+    return [block for block in blocks(page) if block.language in RUN and block.mark is None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in OWN_TEST and to_run(page)])
+def test_commands(page, short_python, tmp_path):
+    for folder in ("benchmarks", "examples"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    runs = 0
+    for language, code, *_ in to_run(page):
+        if language == "python":
+            (tmp_path / "block.py").write_text(code)
+            code = "python block.py"
+        runs += code.count("-m benchmarl.run")
+        shell(code, tmp_path, short_python)
+    reports = [file for file in tmp_path.glob("**/*.json") if file.stem == file.parent.name]
+    assert len(reports) >= runs  # a sweep has several
+
+
+def anchors(page: Path) -> set[str]:
+    """The names of a page's headings, as hosts of Markdown make them."""
+    text = FENCE.sub("", page.read_text())
+    headings = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", line) for line in re.findall(r"^#+ (.+)$", text, re.MULTILINE)]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", sorted({*PAGES, *(file.name for file in ROOT.glob("*.md"))}))
+def test_links_lead_somewhere(page):
+    text = re.sub(r"`[^`\n]*`", "", FENCE.sub("", (ROOT / page).read_text()))
+    targets = re.findall(r"\]\(([^)\s]+)[^)]*\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    for target in targets:
+        if re.match(r"[a-z]+:", target):
+            continue  # of the web, which tests do not ask
+        file, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / file if file else ROOT / page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), target
+
+
+@pytest.mark.slow
+def test_the_site_is_offline(tmp_path):
+    """It builds without a warning, and what it shows is all its own."""
+    shell(f"python -m sphinx -q -E -W --keep-going -d {tmp_path}/doctrees {DOCS} {tmp_path}/html", tmp_path)
+    pages = list((tmp_path / "html").rglob("*.html"))
+    assert {"index.html", "start.html", "results.html", "functional.html"} <= {page.name for page in pages}
+    loads = re.compile(r'<(?:script|img|source|iframe)[^>]*src="(?:https?:)?//|<link[^>]*href="(?:https?:)?//')
+    assert [page.name for page in pages if loads.search(page.read_text())] == []
+    sheets = (tmp_path / "html").rglob("*.css")
+    assert [sheet.name for sheet in sheets if re.search(r"url\(['\"]?(?:https?:)?//|@import", sheet.read_text())] == []
 
 
 @pytest.mark.slow

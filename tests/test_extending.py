@@ -1,6 +1,8 @@
-"""The page on extending: its gain, entered as it says, trains in BenchMARL's loop and in the sweep."""
+"""The page on extending: its gain, entered as it says, trains in loop and sweep; its schedule runs."""
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -8,19 +10,22 @@ import torch
 from conftest import policy_parameters, scalars
 
 from benchmarl_trust import HappoConfig, MarsConfig
-from benchmarl_trust.algorithms.sequential import Sequential
 from benchmarl_trust.functional import SURROGATES
-from benchmarl_trust.functional import surrogate as module
-from benchmarl_trust.updates import StepInfo, sweep
+from benchmarl_trust.functional import surrogate as gains
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
+
+
+def blocks() -> list[str]:
+    """The page's Python: gain, its entry, schedule, its configuration, preset."""
+    return re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture
 def huber(monkeypatch):
     """The page's gain under its name, as if the file had been edited."""
-    code, entry, *_ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    names = dict(vars(module))
+    code, entry, *_ = blocks()
+    names = dict(vars(gains))
     exec(code, names)
     for name, surrogate in eval("{" + entry + "}", names).items():
         monkeypatch.setitem(SURROGATES, name, surrogate)
@@ -48,37 +53,42 @@ def test_the_pages_gain_is_what_its_entry_says(huber):
     assert x.grad[4] > 0 > x.grad[5]  # outliers are pulled back
 
 
-class Mine(Sequential):
-    """The page's schedule, with a step that halves the agent's parameters."""
+@pytest.fixture
+def schedule():
+    """The page's module for a schedule."""
+    module = types.ModuleType("equal_length")
+    _, _, code, config, _ = blocks()
+    sys.modules[module.__name__] = module  # where dataclasses look up annotations
+    exec(code + config, vars(module))
+    yield module
+    del sys.modules[module.__name__]
 
-    def _sweep(self, team, agents, order):
-        def step(agent, data, weight, place):
-            for parameter in agent.policy.parameters:
-                parameter.data.mul_(0.5)
-            return StepInfo(weight.mean(), weight.mean())
 
-        return sweep(agents, order, step, self.factor, epsilon=self.epsilon[1])
-
-
-class MineConfig(HappoConfig):
-    @staticmethod
-    def associated_class():
-        return Mine
-
-    def get_algorithm(self, experiment):
-        own = ("epsilon_by_position", "actor_epochs", "actor_minibatch_size")
-        return Mine(**{key: value for key, value in vars(self).items() if key not in own}, experiment=experiment)
+def happo_values() -> dict:
+    """The values of the page's yaml file."""
+    own = ("epsilon_by_position", "actor_epochs", "actor_minibatch_size")
+    return {key: value for key, value in vars(HappoConfig.get_from_yaml()).items() if key not in own}
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "separate"])
-def test_the_pages_schedule_runs(share, make_experiment):
-    config = MineConfig(**vars(HappoConfig.get_from_yaml()))
+def test_the_pages_schedule_runs(share, schedule, make_experiment):
+    config = schedule.EqualLengthConfig(**happo_values(), length=0.05)
     experiment = make_experiment(config, max_n_iters=1, share_policy_params=share)
     before = policy_parameters(experiment)
     experiment.run()
-    halved = 0.5 ** (3 if share else 1)  # one network is each agent's
-    for name, parameter in policy_parameters(experiment).items():
-        torch.testing.assert_close(parameter, before[name] * halved)
+    after = policy_parameters(experiment)
+    squares = [(after[name] - before[name]).square().reshape(1 if share else 3, -1).sum(1) for name in before]
+    moved = sum(squares).sqrt()
+    if share:  # one network makes the steps of all three
+        assert 0.05 < moved < 0.15 + 1e-6
+    else:
+        torch.testing.assert_close(moved, torch.full((3,), 0.05), rtol=1e-4, atol=0)
     logged = scalars(experiment)
     assert logged["train_agents_policy_factor_mean_position_0"] == [1]
     assert logged["train_agents_policy_kl"][0] > 0
+
+
+def test_the_pages_key_is_checked(schedule, make_experiment):
+    config = schedule.EqualLengthConfig(**happo_values(), length=-1.0)
+    with pytest.raises(ValueError, match=r"length=-1\.0 must be"):
+        make_experiment(config)

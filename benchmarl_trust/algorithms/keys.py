@@ -1,4 +1,4 @@
-"""What each key may be: a rule beside the key, which is checked before anything is made.
+"""What each key may be: a rule beside the key, which is checked before anything is made::
 
     kl_threshold: float = setting(Number(above=0, usual=0.01))
 

@@ -36,12 +36,12 @@ NO_SCORES = (
 class Sequential(TrustRegion):
     """The base of the sequential algorithms: who is in a team, in which order its agents move, and what is logged.
 
-    A subclass says how they move (:meth:`_sweep`).
+    A subclass says how they move (``_sweep``).
 
     Args:
         order (str or list of int, optional): ``random``, afresh in every iteration; ``fixed``, that of the agents; a
             permutation of the team's agents, counted through its groups; ``semi_greedy``, see
-            :func:`benchmarl_trust.updates.semi_greedy`; further ones of a subclass (:attr:`orders`). None: the
+            :func:`benchmarl_trust.updates.semi_greedy`; further ones of a subclass (``orders``). None: the
             subclass's own, which is ``random`` if nothing else is said.
         advantage (str): ``per_agent``, as in MAPPO, or ``team``, the mean over the team's agents, which is what the
             theory of sequential updates speaks of. They are equal where the reward is shared.

@@ -148,7 +148,7 @@ def reciprocal_gain(log_ratio: Tensor, advantage: Tensor, epsilon: Epsilon) -> T
     Derivation. The abstract of arXiv 2605.09212 asks for a penalty f with f(r) = f(1/r), f → ∞ as r → 0, and
     a corrective gradient that outliers keep. r + 1/r - 2 is the simplest rational function with f(1) = f'(1) = 0
     that does; f''(1) = 2 equals that of (r - 1)², so c = 1/(2ε) is the same stiffness at r = 1 as in MASPO.
-    Setting ∂L/∂r = A - |A|/(2ε) (1 - 1/r²) to zero puts the maximum at 1/√(1 - 2ε) for A > 0 and at
+    Setting ∂L/∂r = A - \|A\|/(2ε) (1 - 1/r²) to zero puts the maximum at 1/√(1 - 2ε) for A > 0 and at
     1/√(1 + 2ε) for A < 0; the first exists only for ε < 1/2.
 
     Source: reconstructed from the abstract; the body of the paper was not available.
@@ -215,6 +215,7 @@ def _interval_bounds(low: float, high: float) -> tuple[float, float]:
     return math.log1p(-low) if low < 1 else -math.inf, math.log1p(high)
 
 
+#: The gains, by the name that the key ``surrogate`` takes.
 SURROGATES: dict[str, Surrogate] = {
     "clip": Surrogate(clip_gain, _interval_bounds, 1.0),
     "quadratic": Surrogate(quadratic_gain, _interval_bounds, 1.0),

@@ -32,7 +32,7 @@ class GroupPolicy:
     """The policies of all agents of a group, separate if no parameter serves two of them.
 
     A gradient probe on ``example`` tells which agents each parameter reaches. A parameter that serves several agents
-    (a shared policy, or a model that mixes the agents' parameters) makes the whole group shared: :attr:`shared`.
+    (a shared policy, or a model that mixes the agents' parameters) makes the whole group shared: ``shared``.
 
     Args:
         policy (ProbabilisticTensorDictSequential): the group's policy; its last module is the distribution.

@@ -29,7 +29,7 @@ class ResumeState(OwnCallback):
     interruption. (Environments start anew, as in BenchMARL, so the next batch itself differs.)
 
     Learning rates that a schedule has changed come back too, unless an algorithm's own keys set them in every iteration
-    (:attr:`scheduled`): those of the running experiment then say what they are. A run that is resumed with another
+    (``scheduled``): those of the running experiment then say what they are. A run that is resumed with another
     ``experiment.lr`` keeps that one; all other settings of the optimizers are always those of the running experiment.
 
     BenchMARL writes the report of a resumed run anew; with what is restored here it has the evaluations before too. A
