@@ -11,6 +11,7 @@ from pathlib import Path
 
 import benchmarl.hydra_config
 import benchmarl.run
+import numpy as np
 import pytest
 import torch
 from benchmarl.environments import PettingZooTask
