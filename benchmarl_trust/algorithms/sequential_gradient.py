@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from benchmarl.experiment import ExperimentConfig
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import Tensor
 from torchrl.objectives import LossModule
 
@@ -74,7 +74,9 @@ class SequentialGradient(Sequential):
         self.minibatch_frames = actor_minibatch_size or self.experiment_config.train_minibatch_size(self.on_policy)
         self._compiled: dict[Head, CompiledGradient] | None = {} if compile else None
 
-    def _get_loss(self, group: str, policy_for_loss: TensorDictModule, continuous: bool) -> tuple[LossModule, bool]:
+    def _get_loss(
+        self, group: str, policy_for_loss: ProbabilisticTensorDictSequential, continuous: bool
+    ) -> tuple[LossModule, bool]:
         loss = super()._get_loss(group, policy_for_loss, continuous)
         if self._compiled is not None:
             self._check_compilable(group)

@@ -61,7 +61,7 @@ class CompiledGradient:
         options: dict = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
         if policy.parameters[0].is_cuda:
             options["triton.cudagraphs"] = True  # mode="reduce-overhead", which takes no other option
-        self._function = torch.compile(
+        self._function = torch.compile(  # pyright: ignore[reportCallIssue] torch's overloads lack isolate_recompiles
             gradient, backend=BACKEND, fullgraph=True, dynamic=False, isolate_recompiles=True, options=options
         )
 
@@ -95,13 +95,13 @@ class CompiledGradient:
         radius = self._as_tensors(epsilon, data["advantage"])
         try:
             values = self._function(leaves, self._fixed_of(policy), inputs, columns, weight, radius, draw)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except torch._dynamo.exc.TorchDynamoException as error:  # pyright: ignore[reportAttributeAccessIssue] loaded by now
             raise RuntimeError(
                 f"algorithm.compile=True: torch.compile cannot compile this step ({type(error).__name__}, see above). "
                 "Run with algorithm.compile=False."
             ) from error
         if weight.is_cuda:  # the next run of a CUDA graph writes to the same memory
-            values = torch._foreach_clone(values)
+            values = torch._foreach_clone(values)  # pyright: ignore[reportPrivateImportUsage] has no public name
         loss, *gradients = values
         for leaf, gradient in zip(own, gradients, strict=True):
             leaf.grad = gradient
@@ -122,15 +122,15 @@ class CompiledGradient:
         if isinstance(epsilon, Tensor):
             return epsilon, epsilon
         if self._radius is None or self._radius[0] != epsilon:
-            pair = epsilon if isinstance(epsilon, tuple) else (epsilon, epsilon)
-            self._radius = epsilon, tuple(like.new_full((), value) for value in pair)
+            negative, positive = epsilon if isinstance(epsilon, tuple) else (epsilon, epsilon)
+            self._radius = epsilon, (like.new_full((), negative), like.new_full((), positive))
         return self._radius[1]
 
 
 def _reached(policy: AgentPolicy, data: Mapping) -> list[bool]:
     """Which leaves the outputs depend on. Others have no gradient: by one of 0 a weight decay would move them."""
     outputs = policy.forward(data["inputs"][:1].copy())
-    total = sum(output.sum() for output in outputs if output.requires_grad)
+    total = torch.stack([output.sum() for output in outputs if output.requires_grad]).sum()
     return [gradient is not None for gradient in torch.autograd.grad(total, policy.parameters, allow_unused=True)]
 
 
