@@ -164,6 +164,13 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(path), target
 
 
+@pytest.mark.parametrize("folder", ["functional", "losses", "policy", "updates", "value"])
+def test_every_module_is_in_the_reference(folder):
+    modules = {file.stem for file in (ROOT / "benchmarl_trust" / folder).glob("[!_]*.py")}
+    text = (DOCS / "api" / f"{folder}.md").read_text()
+    assert set(re.findall(rf"^\.\. automodule:: benchmarl_trust\.{folder}\.(\w+)$", text, re.MULTILINE)) == modules
+
+
 @pytest.mark.slow
 def test_the_site_is_offline(tmp_path):
     """It builds without a warning, and what it shows is all its own."""
