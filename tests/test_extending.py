@@ -66,7 +66,8 @@ def schedule():
 
 def happo_values() -> dict:
     """The values of the page's yaml file."""
-    own = ("epsilon_by_position", "actor_epochs", "actor_minibatch_size")
+    sentence = PAGE.read_text().partition("that of `happo` without")[2].partition("and with")[0]
+    own = re.findall(r"`(\w+)`", sentence)
     return {key: value for key, value in vars(HappoConfig.get_from_yaml()).items() if key not in own}
 
 
