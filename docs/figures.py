@@ -13,6 +13,7 @@ libegl1 libgl1 libglu1-mesa``, but no display. A task that has a run in ``output
 """
 
 import argparse
+import contextlib
 import csv
 import io
 import math
@@ -22,6 +23,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import contourpy
 import matplotlib as mpl
@@ -36,6 +38,7 @@ from PIL import Image
 
 from benchmarl_trust.environments.trust_games import differential_reward
 from benchmarl_trust.functional import SURROGATES
+from benchmarl_trust.report import __main__ as report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -235,6 +238,28 @@ def plot_reward(ax: Axes, maxima: dict[str, tuple[float, float]], labels: bool) 
     ax.plot(*zip(*maxima.values(), strict=True), "*", color=YELLOW, markeredgecolor=BLACK, markersize=13, zorder=2)
 
 
+def draw_learning_curves() -> tuple[str, str]:
+    """The report's picture of balance, from the runs in docs/results/defaults."""
+    arms = ["mappo", "hatrpo", "hatrpog", "happo", "mars"]
+    with TemporaryDirectory() as folder:
+        asked = ["--tasks", "vmas/balance", "--labels", *arms, "--baseline", "mappo", "--out", folder]
+        with contextlib.redirect_stdout(io.StringIO()):
+            report.main([str(RESULTS / "defaults"), *asked])
+        picture = (Path(folder) / "learning_curves.svg").read_text()
+        with (Path(folder) / "report.csv").open() as file:
+            rows = {row["label"]: row for row in csv.DictReader(file)}
+    frames = int(rows["mappo"]["frames"])
+    last = ", ".join(
+        f"{arm} {float(rows[arm]['final_mean']):.1f} ± {float(rows[arm]['final_std']):.1f}" for arm in arms
+    )
+    seeds = rows["mappo"]["seeds"].split()
+    alt = (
+        f"Learning curves on vmas/balance: mean return in evaluation over {frames:,} frames, {len(seeds)} seeds, "
+        f"networks of 64 x 64, published defaults. At the end, mean ± standard deviation: {last}."
+    )
+    return picture.replace("<svg ", f"<!-- docs/figures.py, {VERSIONS} -->\n<svg ", 1), alt
+
+
 DRAWINGS: dict[str, Callable[[], tuple[Figure, str]]] = {
     "gains.svg": draw_gains,
     "advantage_variance.svg": draw_advantage_variance,
@@ -253,6 +278,8 @@ def draw(out: Path) -> dict[str, str]:
             # Two decimals of a point: a third of the size, and no differences in the last bits between processors.
             rounded = re.sub(r'(?<=[ "])-?\d+\.\d{3,}', lambda match: f"{float(match[0]):.2f}", buffer.getvalue())
             (out / name).write_text(rounded)
+    picture, alts["learning_curves.svg"] = draw_learning_curves()
+    (out / "learning_curves.svg").write_text(picture)
     return alts
 
 
@@ -328,7 +355,7 @@ def main() -> None:
     others = yaml.safe_load(file.read_text()) if file.exists() else {}
     alts = others | draw(args.out) | describe_animations()
     file.write_text(yaml.safe_dump(alts, width=110, allow_unicode=True))
-    for name in (*DRAWINGS, *describe_animations()):
+    for name in (*DRAWINGS, "learning_curves.svg", *describe_animations()):
         print(args.out / name)
 
 

@@ -14,6 +14,8 @@ import yaml
 from benchmarl.hydra_config import load_algorithm_config_from_hydra, load_experiment_config_from_hydra
 from hydra import compose, initialize_config_module
 
+from benchmarl_trust.report import __main__ as report
+
 FILE = Path(__file__).parents[1] / "benchmarks" / "study" / "run.py"
 spec = importlib.util.spec_from_file_location("study_run", FILE)
 study = importlib.util.module_from_spec(spec)
@@ -89,7 +91,7 @@ def test_benchmarl_takes_the_settings_of_all_runs():
 
 def start(folder: Path) -> subprocess.Popen:
     (folder / "plan.yaml").write_text(TINY)
-    command = [sys.executable, str(FILE), "--plan", "plan.yaml", "--out", "runs"]
+    command = [sys.executable, str(FILE), "--plan", "plan.yaml", "--out", "runs", "--results", "results"]
     return subprocess.Popen(command, cwd=folder, start_new_session=True, stderr=subprocess.PIPE, text=True)
 
 
@@ -98,6 +100,13 @@ def results(folder: Path) -> dict[str, str]:
     names = ("eval_reward_episode_reward_mean", "train_agents_policy_kl", "train_agents_skipped_steps")
     files = [file for name in names for file in folder.rglob(f"{name}.csv")]
     return {f"{file.relative_to(folder).parts[2]} {file.stem}": file.read_text() for file in files}
+
+
+def timeless(file: Path) -> list[list[str]]:
+    """The report's rows without the columns of times."""
+    header, *rows = [line.split(",") for line in file.read_text().splitlines()]
+    kept = [i for i, name in enumerate(header) if not name.startswith("time")]
+    return [[row[i] for i in kept] for row in (header, *rows)]
 
 
 @pytest.mark.slow
@@ -125,6 +134,14 @@ def test_a_runner_that_is_killed_goes_on_to_the_same_results(tmp_path):
     third = start(cut)
     assert third.wait() == 0  # nothing is left, nothing changes
     assert results(cut / "runs") == results(whole / "runs")
+    reports = []
+    for folder in (whole, cut):
+        report.main([str(folder / "results" / "tiny"), "--out", str(folder / "report")])
+        reports.append(timeless(folder / "report" / "report.csv"))
+    assert reports[0] == reports[1]
+    assert [row[:4] for row in reports[0][1:]] == [
+        ["trust_games/differential", arm, arm, "0"] for arm in ("happo", "mars")
+    ]
 
 
 @pytest.mark.slow
@@ -133,7 +150,8 @@ def test_a_run_that_fails_is_named_and_tried_again(tmp_path):
     first.kill()
     first.wait()
     (tmp_path / "plan.yaml").write_text(TINY.replace("algorithm=happo]", "algorithm=happo, algorithm.epsilon=2]"))
-    command = [sys.executable, str(FILE), "--plan", "plan.yaml", "--out", "runs", "--arms", "happo"]
+    command = [sys.executable, str(FILE), "--plan", "plan.yaml", "--out", "runs", "--results", "results"]
+    command += ["--arms", "happo"]
     for _ in range(2):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 1

@@ -7,6 +7,9 @@ A run is ``python -m benchmarl.run`` with the plan's settings, in ``<out>/<part>
 ``finished`` in its folder says that it is whole, ``log.txt`` is what it printed. A run that was cut off starts again,
 so that its numbers are those of a run that was not, bit for bit: after a resume environments start anew. A run that
 fails is named at the end, and is tried again next time.
+
+At the end the runs that are whole, of this time and before, are saved as small files in ``<results>/<part>``, each with
+its arm as label: ``python -m benchmarl_trust.report <results>/<part>`` makes tables and pictures of them.
 """
 
 import argparse
@@ -22,6 +25,9 @@ from typing import NamedTuple
 
 import yaml
 from tqdm import tqdm
+
+from benchmarl_trust.report.compact import save
+from benchmarl_trust.report.runs import find_runs
 
 PLAN = Path(__file__).with_name("plan.yaml")
 
@@ -84,12 +90,35 @@ def train(run: Run, out: Path) -> bool:
     return done.returncode == 0
 
 
+def save_results(runs: list[Run], out: Path, results: Path) -> None:
+    """Save the runs that are whole, part by part.
+
+    Raises:
+        ValueError: where a folder holds another run than the plan has there.
+    """
+    parts: dict[str, list] = {}
+    for run in runs:
+        folder = run.folder(out)
+        if not (folder / "finished").exists():
+            continue
+        (found,) = find_runs(folder, "return", [])
+        if (found.task, found.seed) != (run.task, run.seed):
+            raise ValueError(f"{folder} holds {found.name}. Remove it: it will be run anew.")
+        found.label = run.arm
+        parts.setdefault(run.part, []).append(found)
+    for part, found in parts.items():
+        save(found, results / part)
+
+
 def main() -> None:
-    """Run what is missing."""
+    """Run what is missing, then save what is there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plan", type=Path, default=PLAN, metavar="FILE", help="the plan")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="how many runs at a time")
     parser.add_argument("--out", type=Path, default=Path("outputs/study"), metavar="FOLDER", help="folder of the runs")
+    parser.add_argument(
+        "--results", type=Path, default=Path("docs/results"), metavar="FOLDER", help="folder of the saved results"
+    )
     for name in ("parts", "tasks", "arms"):
         parser.add_argument(f"--{name}", nargs="+", metavar=name[:-1].upper(), help=f"these {name} of the plan alone")
     arguments = parser.parse_args()
@@ -112,6 +141,7 @@ def main() -> None:
             bar.update()
             if not future.result():
                 failed.append(run.folder(arguments.out))
+    save_results(runs, arguments.out, arguments.results)
     if failed:
         sys.exit("These runs failed, see log.txt in their folders:\n" + "\n".join(map(str, failed)))
 
