@@ -85,7 +85,7 @@ ANIMATIONS = {
 }
 
 #: Student's t at 97.5 %, by degrees of freedom.
-STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -355,7 +355,7 @@ def main() -> None:
     others = yaml.safe_load(file.read_text()) if file.exists() else {}
     alts = others | draw(args.out) | describe_animations()
     file.write_text(yaml.safe_dump(alts, width=110, allow_unicode=True))
-    for name in (*DRAWINGS, "learning_curves.svg", *describe_animations()):
+    for name in (*DRAWINGS, "learning_curves.svg", *(describe_animations() if args.animate else ())):
         print(args.out / name)
 
 

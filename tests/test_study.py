@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,6 +78,15 @@ def test_later_settings_win():
     assert run.folder(Path("out")) == Path("out/p/t/a_0.5/seed3")
 
 
+def test_a_run_is_whole_with_the_settings_of_the_plan_alone(tmp_path):
+    run = study.Run("p", "t", "a", 0, ("x=1", "y=2"))
+    assert not study.is_whole(run, tmp_path)
+    run.folder(tmp_path).mkdir(parents=True)
+    (run.folder(tmp_path) / "finished").write_text("x=1\ny=2")
+    assert study.is_whole(run, tmp_path)
+    assert not study.is_whole(run._replace(settings=("x=1", "y=3")), tmp_path)
+
+
 @pytest.mark.slow
 def test_benchmarl_takes_the_settings_of_all_runs():
     with initialize_config_module("benchmarl.conf", version_base=None):
@@ -115,15 +125,18 @@ def test_a_runner_that_is_killed_goes_on_to_the_same_results(tmp_path):
     for folder in (whole, cut):
         folder.mkdir()
     assert start(whole).wait() == 0
-    first = start(cut)
-    end = time.monotonic() + 120
-    while not results(cut / "runs"):
-        assert first.poll() is None, first.stderr.read()
-        assert time.monotonic() < end, "no iteration in two minutes"
-        time.sleep(0.05)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
-    assert not list(cut.rglob("finished"))
+    for how in (signal.SIGINT, signal.SIGKILL):
+        shutil.rmtree(cut / "runs", ignore_errors=True)
+        first = start(cut)
+        end = time.monotonic() + 120
+        while not results(cut / "runs"):
+            assert first.poll() is None, first.stderr.read()
+            assert time.monotonic() < end, "no iteration in two minutes"
+            time.sleep(0.05)
+        os.killpg(first.pid, how)
+        first.wait(30)
+        assert not list(cut.rglob("finished"))
+        assert not list(cut.rglob("happo"))  # what waits is not started any more
     second = start(cut)
     said = second.communicate()[1]
     assert second.returncode == 0, said
@@ -146,9 +159,6 @@ def test_a_runner_that_is_killed_goes_on_to_the_same_results(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_fails_is_named_and_tried_again(tmp_path):
-    first = start(tmp_path)
-    first.kill()
-    first.wait()
     (tmp_path / "plan.yaml").write_text(TINY.replace("algorithm=happo]", "algorithm=happo, algorithm.epsilon=2]"))
     command = [sys.executable, str(FILE), "--plan", "plan.yaml", "--out", "runs", "--results", "results"]
     command += ["--arms", "happo"]

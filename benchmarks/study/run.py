@@ -4,9 +4,10 @@
     python benchmarks/study/run.py --parts defaults --arms mappo hatrpo --tasks vmas/balance
 
 A run is ``python -m benchmarl.run`` with the plan's settings, in ``<out>/<part>/<task>/<arm>/seed<k>``. The file
-``finished`` in its folder says that it is whole, ``log.txt`` is what it printed. A run that was cut off starts again,
-so that its numbers are those of a run that was not, bit for bit: after a resume environments start anew. A run that
-fails is named at the end, and is tried again next time.
+``finished`` in its folder says that it is whole, with its settings; a run whose settings the plan has changed is run
+anew. ``log.txt`` is what it printed. A run that was cut off starts again, so that its numbers are those of a run that
+was not, bit for bit: after a resume environments start anew. A run that fails is named at the end, and is tried again
+next time.
 
 At the end the runs that are whole, of this time and before, are saved as small files in ``<results>/<part>``, each with
 its arm as label: ``python -m benchmarl_trust.report <results>/<part>`` makes tables and pictures of them.
@@ -86,24 +87,23 @@ def train(run: Run, out: Path) -> bool:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run([sys.executable, "-m", *command], stdout=log, stderr=log, env=environment)
     if done.returncode == 0:
-        (folder / "finished").touch()
+        (folder / "finished").write_text("\n".join(run.settings))
     return done.returncode == 0
 
 
-def save_results(runs: list[Run], out: Path, results: Path) -> None:
-    """Save the runs that are whole, part by part.
+def is_whole(run: Run, out: Path) -> bool:
+    """Whether it has been run to its end, with the settings that the plan has now."""
+    file = run.folder(out) / "finished"
+    return file.exists() and file.read_text() == "\n".join(run.settings)
 
-    Raises:
-        ValueError: where a folder holds another run than the plan has there.
-    """
+
+def save_results(runs: list[Run], out: Path, results: Path) -> None:
+    """Save the runs that are whole, part by part."""
     parts: dict[str, list] = {}
     for run in runs:
-        folder = run.folder(out)
-        if not (folder / "finished").exists():
+        if not is_whole(run, out):
             continue
-        (found,) = find_runs(folder, "return", [])
-        if (found.task, found.seed) != (run.task, run.seed):
-            raise ValueError(f"{folder} holds {found.name}. Remove it: it will be run anew.")
+        (found,) = find_runs(run.folder(out), "return", [])
         found.label = run.arm
         parts.setdefault(run.part, []).append(found)
     for part, found in parts.items():
@@ -128,19 +128,23 @@ def main() -> None:
         if wanted is not None and not known.issuperset(wanted):
             parser.error(f"--{name}: the plan has {', '.join(sorted(known))}")
         runs = [run for run in runs if wanted is None or getattr(run, name[:-1]) in wanted]
-    missing = [run for run in runs if not (run.folder(arguments.out) / "finished").exists()]
+    missing = [run for run in runs if not is_whole(run, arguments.out)]
     failed = []
     with (
         ThreadPoolExecutor(arguments.jobs) as pool,
         tqdm(total=len(runs), initial=len(runs) - len(missing), unit="run") as bar,
     ):
         futures = {pool.submit(train, run, arguments.out): run for run in missing}
-        for future in as_completed(futures):
-            run = futures[future]
-            bar.set_postfix_str(f"{run.part} {run.task} {run.arm} seed {run.seed}")
-            bar.update()
-            if not future.result():
-                failed.append(run.folder(arguments.out))
+        try:
+            for future in as_completed(futures):
+                run = futures[future]
+                bar.set_postfix_str(f"{run.part} {run.task} {run.arm} seed {run.seed}")
+                bar.update()
+                if not future.result():
+                    failed.append(run.folder(arguments.out))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)  # else those that wait would be started
+            raise
     save_results(runs, arguments.out, arguments.results)
     if failed:
         sys.exit("These runs failed, see log.txt in their folders:\n" + "\n".join(map(str, failed)))
