@@ -64,7 +64,7 @@ def check_compiler(device: torch.device | str) -> None:
     without = "Or take algorithm.compile=False."
     try:
         cpp_builder.get_cpp_compiler()
-    except (InvalidCxxCompiler, RuntimeError):
+    except (InvalidCxxCompiler, RuntimeError, OSError):
         cure = f"Install one (apt install g++, say) or name yours by the environment variable CXX. {without}"
         refuse("compile", True, f"torch.compile needs a C++ compiler, and there is none that works. {cure}")
     headers = Path(sysconfig.get_path("include"))

@@ -198,7 +198,9 @@ class TrustRegion(Mappo):
 
     @contextmanager
     def _critic_of(self, group: str) -> Iterator[NormalizedCritic]:
-        """The group's critic with its parameters and statistics, which the loss keeps apart from it."""
+        """The group's critic with its parameters and statistics, which the loss keeps apart from it; with
+        ``normalize_value`` alone, which makes it one that has them.
+        """
         loss = self._loss(group)
         critic = cast(NormalizedCritic, loss.critic_network)
         with cast(TensorDictParams, loss.critic_network_params).to_module(critic):

@@ -72,7 +72,7 @@ class SequentialGradient(Sequential):
         self.epsilon_by_position = epsilon_by_position
         self.actor_epochs = actor_epochs or self.experiment_config.n_optimizer_steps(self.on_policy)
         self.minibatch_frames = actor_minibatch_size or self.experiment_config.train_minibatch_size(self.on_policy)
-        self._compiled: dict[Head, CompiledGradient] | None = {} if compile else None
+        self._compiled: dict[tuple[Head, str, float], CompiledGradient] | None = {} if compile else None
 
     def _get_loss(
         self, group: str, policy_for_loss: ProbabilisticTensorDictSequential, continuous: bool

@@ -11,6 +11,7 @@ from benchmarl_trust.policy.agent import (
     log_ratio_of,
     old_outputs,
     remember_old_policy,
+    set_gradient,
     surrogate_of,
 )
 from benchmarl_trust.policy.group import GroupPolicy, fork_rng
@@ -34,5 +35,6 @@ __all__ = [
     "parameter_keys",
     "policy_features",
     "remember_old_policy",
+    "set_gradient",
     "surrogate_of",
 ]

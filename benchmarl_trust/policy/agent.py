@@ -50,7 +50,7 @@ class AgentPolicy:
 
     @property
     def alone(self) -> bool:
-        """Whether ``body`` runs this agent and no other, and ``parameters`` are its own."""
+        """Whether ``body`` runs this agent and no other, and its own parameters are the leaves."""
         return self.width == 1 and self.sources is None
 
     def inputs(self, batch: TensorDictBase) -> TensorDict:
@@ -97,7 +97,7 @@ class AgentPolicy:
     def backward(self, loss: Tensor) -> None:
         """Leave the gradient of ``loss`` in ``grad`` of the agent's leaves, and nowhere else."""
         for leaf, gradient in zip(self.parameters, self._gradients(loss), strict=True):
-            leaf.grad = gradient
+            set_gradient(leaf, gradient)
 
     def gradient(self, values: Tensor | tuple[Tensor, ...], weights: tuple | None = None, **kwargs) -> Tensor:
         """The gradient of ``values``, times ``weights`` and summed, with respect to all leaves in one vector, [P].
@@ -118,6 +118,15 @@ class AgentPolicy:
         gradients = torch.autograd.grad(values, sources, allow_unused=True, **kwargs)
         rows = [None] * len(gradients) if self.sources is None else [row for _, row in self.sources]
         return [g if row is None or g is None else g[row] for g, row in zip(gradients, rows, strict=True)]
+
+
+def set_gradient(leaf: nn.Parameter, gradient: Tensor | None) -> None:
+    """Leave it in ``grad``, in the leaf's own layout in memory, as ``backward`` does: PyTorch's fused Adam goes through
+    both memories alike, and a convolution's gradient comes with other strides.
+    """
+    if gradient is not None and gradient.stride() != leaf.stride():
+        gradient = torch.empty_like(leaf).copy_(gradient)
+    leaf.grad = gradient
 
 
 @dataclass(eq=False)

@@ -7,7 +7,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from benchmarl_trust import functional as F
-from benchmarl_trust.policy import AgentPolicy, Head
+from benchmarl_trust.policy import AgentPolicy, Head, set_gradient
 
 #: What a loss reads of an agent's data beside the policy's inputs, where it is there.
 COLUMNS = ("action", "advantage", "old_log_prob", "mask", "shift")
@@ -22,7 +22,7 @@ class CompiledGradient:
 
     The function gets the parameters and buffers of the agent as arguments, and its radius as a tensor, so that it is
     compiled once for all agents of the group, whose policies differ in nothing else. It is made for minibatches of one
-    size with the same entries. Random numbers are drawn outside: they are those of the eager step.
+    size with the same entries. The noise of the entropy is drawn outside: it is that of the eager step.
 
     Args:
         policy (AgentPolicy): of any agent of the group, a body of its own (a twin).
@@ -37,8 +37,7 @@ class CompiledGradient:
         if not policy.alone:
             raise ValueError("A compiled step needs policies of single agents: give GroupPolicy a make_twin.")
         self.rows, self._names = len(data["advantage"]), set(_columns(data))
-        self._fixed: dict[AgentPolicy, dict[str, Tensor]] = {}
-        self._radius: tuple[F.Epsilon, tuple[Tensor, Tensor]] | None = None
+        self._radius: dict[F.Epsilon, tuple[Tensor, Tensor]] = {}
         body, head, slot = policy.body, policy.head, policy.slot
         self._reached = _reached(policy, data)
         name_of = {id(p): name for name, p in body.named_parameters()}
@@ -56,14 +55,15 @@ class CompiledGradient:
             gradients, value = torch.func.grad_and_value(loss)(leaves)
             return [value, *gradients]
 
-        # Each call would look at hundreds of attributes that could have changed what was traced. None of them does, and
-        # functions of other groups and experiments are no recompilations of this one: what tensors are is enough.
+        # torch.compile keeps what it has compiled with the code, and counts it: with code of its own the function is
+        # freed with this object, and those of other groups and experiments are no recompilations of it.
+        gradient.__code__ = gradient.__code__.replace()
+        # Each call would look at hundreds of attributes that could have changed what was traced. None of them does:
+        # what tensors are is enough.
         options: dict = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
         if policy.parameters[0].is_cuda:
             options["triton.cudagraphs"] = True  # mode="reduce-overhead", which takes no other option
-        self._function = torch.compile(  # pyright: ignore[reportCallIssue] torch's overloads lack isolate_recompiles
-            gradient, backend=BACKEND, fullgraph=True, dynamic=False, isolate_recompiles=True, options=options
-        )
+        self._function = torch.compile(gradient, backend=BACKEND, fullgraph=True, dynamic=False, options=options)
 
     def __call__(
         self, policy: AgentPolicy, data: Mapping, weight: Tensor, epsilon: F.Epsilon, draw: tuple[Tensor, ...]
@@ -94,8 +94,9 @@ class CompiledGradient:
         leaves = [leaf.detach() for leaf in own]
         radius = self._as_tensors(epsilon, data["advantage"])
         try:
-            values = self._function(leaves, self._fixed_of(policy), inputs, columns, weight, radius, draw)
-        except torch._dynamo.exc.TorchDynamoException as error:  # pyright: ignore[reportAttributeAccessIssue] loaded by now
+            with torch.enable_grad():
+                values = self._function(leaves, self._fixed_of(policy), inputs, columns, weight, radius, draw)
+        except (torch._dynamo.exc.TorchDynamoException, OSError) as error:  # pyright: ignore[reportAttributeAccessIssue]
             raise RuntimeError(
                 f"algorithm.compile=True: torch.compile cannot compile this step ({type(error).__name__}, see above). "
                 "Run with algorithm.compile=False."
@@ -104,29 +105,30 @@ class CompiledGradient:
             values = torch._foreach_clone(values)  # pyright: ignore[reportPrivateImportUsage] has no public name
         loss, *gradients = values
         for leaf, gradient in zip(own, gradients, strict=True):
-            leaf.grad = gradient
+            set_gradient(leaf, gradient)
         return loss
 
     def _reached_of(self, policy: AgentPolicy) -> list[nn.Parameter]:
         return [leaf for leaf, reached in zip(policy.parameters, self._reached, strict=True) if reached]
 
     def _fixed_of(self, policy: AgentPolicy) -> dict[str, Tensor]:
-        """What of the body has no gradient."""
-        if policy not in self._fixed:
-            others = {name: p.detach() for name, p in policy.body.named_parameters() if name not in self._leaves}
-            self._fixed[policy] = others | dict(policy.body.named_buffers())
-        return self._fixed[policy]
+        """What of the body has no gradient, as it is now."""
+        others = {name: p.detach() for name, p in policy.body.named_parameters() if name not in self._leaves}
+        return others | dict(policy.body.named_buffers())
 
     def _as_tensors(self, epsilon: F.Epsilon, like: Tensor) -> tuple[Tensor, Tensor]:
         """The radius where A < 0 and where A ≥ 0: as numbers they would be part of what is compiled."""
         if isinstance(epsilon, Tensor):
             return epsilon, epsilon
-        if self._radius is None or self._radius[0] != epsilon:
+        if epsilon not in self._radius:
             negative, positive = epsilon if isinstance(epsilon, tuple) else (epsilon, epsilon)
-            self._radius = epsilon, (like.new_full((), negative), like.new_full((), positive))
-        return self._radius[1]
+            if len(self._radius) > 100:  # of a schedule, in which none comes again
+                self._radius.clear()
+            self._radius[epsilon] = like.new_full((), negative), like.new_full((), positive)
+        return self._radius[epsilon]
 
 
+@torch.enable_grad()
 def _reached(policy: AgentPolicy, data: Mapping) -> list[bool]:
     """Which leaves the outputs depend on. Others have no gradient: by one of 0 a weight decay would move them."""
     outputs = policy.forward(data["inputs"][:1].copy())

@@ -31,9 +31,9 @@ class GradientStep:
         max_grad_value (float, optional): clip the gradient's entries to this.
         by_position (bool): the agent at position k of N has the radius ε (1 + k/N)/2 (Wang et al. 2023, A2PO's
             ``near_linear`` schedule with weight ½, the authors').
-        compiled (dict, optional): the compiled functions of groups by their head, which steps fill and use; to be kept
-            over iterations. A function serves minibatches of the size that its group's first one had; others (an
-            epoch's last, smaller one) are computed eagerly. None: all are.
+        compiled (dict, optional): the compiled functions by the group's head and what of this step is part of them,
+            which steps fill and use; to be kept over iterations. A function serves minibatches of the size that its
+            group's first one had; others (an epoch's last, smaller one) are computed eagerly. None: all are.
     """
 
     surrogate: str
@@ -42,7 +42,7 @@ class GradientStep:
     max_grad_norm: float | None = None
     max_grad_value: float | None = None
     by_position: bool = False
-    compiled: dict[Head, CompiledGradient] | None = None
+    compiled: dict[tuple[Head, str, float], CompiledGradient] | None = None
 
     def __call__(self, agent: Agent, data: Mapping, weight: Tensor, place: float = 1.0) -> StepInfo:
         """Step on all rows of ``data``, weighted by ``weight`` [*]; ``place`` is the agent's position k/N.
@@ -83,12 +83,12 @@ class GradientStep:
     def _backward(self, agent: Agent, data: Mapping, weight: Tensor, place: float) -> Tensor:
         """Leave the gradient of L_i in ``grad`` of the agent's leaves; returns L_i."""
         if self.compiled is not None:
-            head = agent.policy.head
-            if head not in self.compiled:
-                self.compiled[head] = CompiledGradient(agent.policy, data, self._loss_of)
-            if self.compiled[head].rows == len(weight):
+            key = agent.policy.head, self.surrogate, self.entropy_coef
+            if key not in self.compiled:
+                self.compiled[key] = CompiledGradient(agent.policy, data, self._loss_of)
+            if self.compiled[key].rows == len(weight):
                 draw = self._draw(agent, data)
-                return self.compiled[head](agent.policy, data, weight, self.radius(place), draw)
+                return self.compiled[key](agent.policy, data, weight, self.radius(place), draw)
         loss = self.loss(agent, data, weight, place)
         agent.policy.backward(loss)
         return loss.detach()

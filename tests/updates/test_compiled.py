@@ -57,12 +57,20 @@ def eager_steps(monkeypatch):
 
 
 def updated(
-    compiled, model="mlp", distribution="tanh", shared=False, masked=False, factor="full", device="cpu", **keys
+    compiled,
+    model="mlp",
+    distribution="tanh",
+    shared=False,
+    masked=False,
+    factor="full",
+    device="cpu",
+    fused=True,
+    **keys,
 ):
     """Parameters, infos and the next random number after some iterations of all agents; and how far they moved."""
     problem = make_problem(model, distribution, shared=shared, dtype=torch.float32, rows=ROWS, device=device)
     before = [p.detach().clone() for p in problem.policy.parameters()]
-    agents = make_agents(problem, fused=True)
+    agents = make_agents(problem, fused=fused)
     for k, agent in enumerate(agents):
         if masked:
             agent.data["mask"] = torch.arange(ROWS, device=device) % 3 != k
@@ -104,6 +112,46 @@ def test_it_equals_the_eager_step_and_is_compiled_once_for_all_agents(kind, grap
     assert eager_steps[0] == ITERATIONS * 3 * EPOCHS  # of each agent and epoch the last minibatch
     assert_equal_results(compiled, updated(None, **KINDS[kind]))
     assert graphs() == 1
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+@pytest.mark.parametrize("compiled", [{}, None], ids=["compiled", "eager"])
+def test_fused_optimizers_get_gradients_in_the_layout_of_the_parameters(compiled, model, graphs):
+    """They go through both memories alike: a convolution's gradient in its own layout would move wrong entries."""
+    assert_equal_results(updated(compiled, model), updated(None, model, fused=False))
+
+
+def copied(data):
+    """With inputs of its own, to which a body writes what it computes."""
+    return {**data, "inputs": data["inputs"].copy()}
+
+
+def test_another_loss_is_compiled_anew(graphs):
+    agent = make_agents(make_problem(dtype=torch.float32))[0]
+    remember_old_policy(agent)
+    agent.data["old_log_prob"] += torch.linspace(-1, 1, ROWS)
+    compiled = {}
+    for keys in ({"surrogate": "clip"}, {"surrogate": "log"}, {"surrogate": "clip", "entropy_coef": 10.0}):
+        step = GradientStep(epsilon=0.2, compiled=compiled, **keys)
+        torch.manual_seed(1)
+        expected = step.loss(agent, copied(agent.data), torch.ones(ROWS)).detach()
+        torch.manual_seed(1)
+        torch.testing.assert_close(step(agent, agent.data, torch.ones(ROWS)).loss, expected)
+    assert graphs() == len(compiled) == 3
+
+
+def test_it_has_a_gradient_where_none_is_asked_for(graphs):
+    def gradients():
+        agent = make_agents(make_problem(dtype=torch.float32))[0]
+        remember_old_policy(agent)
+        GradientStep("clip", 0.2, compiled={})(agent, agent.data, torch.ones(ROWS))
+        return [p.grad for p in agent.policy.parameters]
+
+    with torch.no_grad():
+        found = gradients()
+    for gradient, expected in zip(found, gradients(), strict=True):
+        torch.testing.assert_close(gradient, expected)
+        assert gradient.any()
 
 
 def test_shared_policies_too(graphs, eager_steps):
@@ -164,6 +212,21 @@ def test_frozen_parameters_and_buffers_are_the_agents_own(graphs):
     for info, expected in zip(steps({}), steps(None), strict=True):
         torch.testing.assert_close(info, expected)
     assert graphs() == 1
+
+
+def test_a_buffer_is_what_it_is_now(graphs):
+    agent = make_agents(make_problem(dtype=torch.float32))[0]
+    name, bias = next((n, p) for n, p in agent.policy.body.named_parameters() if n.endswith("bias"))
+    owner = agent.policy.body.get_submodule(name.rpartition(".")[0])
+    agent.policy.parameters = [p for p in agent.policy.parameters if p is not bias]
+    del owner.bias
+    owner.register_buffer("bias", bias.detach().clone())
+    remember_old_policy(agent)
+    step = GradientStep("clip", 0.2, compiled={})
+    for shift in (0.0, 1.0):
+        owner.bias = owner.bias + shift
+        expected = step.loss(agent, copied(agent.data), torch.ones(ROWS)).detach()
+        torch.testing.assert_close(step(agent, agent.data, torch.ones(ROWS)).loss, expected)
 
 
 def test_parameters_that_nothing_depends_on_have_no_gradient(graphs):
@@ -255,14 +318,16 @@ def test_a_run_goes_on_with_or_without(make_experiment, graphs, tmp_path):
 def test_an_experiment_is_freed(run, graphs):
     experiment = run(configured(HappoConfig, compile=True))
     assert graphs() == 1
-    gone = weakref.ref(experiment)
-    del experiment
+    (step,) = experiment.algorithm._compiled.values()
+    gone = weakref.ref(experiment), weakref.ref(step._function)
+    del experiment, step
     gc.collect()
-    assert gone() is None
+    assert [reference() for reference in gone] == [None, None]
 
 
 def test_more_experiments_than_recompilations_are_allowed(graphs, monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    monkeypatch.setattr(torch._dynamo.config, "accumulated_recompile_limit", 1)
     for k, distribution in enumerate(("tanh", "categorical"), 1):
         updated({}, distribution=distribution)
         assert graphs() == k
