@@ -17,11 +17,9 @@ def split_label(text: str) -> tuple[Path, str | None]:
     """
     if Path(text).exists() or "=" not in text:
         return Path(text), None
-    # Both may have "=" in them: the folder ends at the first behind which it is one.
-    ends = [
-        equals.start() for equals in re.finditer("=", text) if equals.start() and Path(text[: equals.start()]).is_dir()
-    ]
-    end = ends[0] if ends else text.rindex("=")
+    # Both may have "=" in them: the first before which there is a folder parts them.
+    signs = [sign.start() for sign in re.finditer("=", text)]
+    end = next((sign for sign in signs if sign and Path(text[:sign]).is_dir()), signs[-1])
     return Path(text[:end]), text[end + 1 :].strip() or None
 
 
