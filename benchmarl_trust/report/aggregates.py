@@ -98,10 +98,10 @@ def aggregate(
     arms = _complete(cells, tasks, score, notes)
     missing = [task for task in tasks if task not in bounds]
     if missing and arms:
-        there = f" There are bounds for {', '.join(bounds)}." if bounds else ""
+        there = f"There are bounds for {', '.join(bounds)}. " if bounds else ""
         notes.append(
-            f"No bounds of {metric} for {', '.join(missing)}: interquartile mean and performance profile are left out."
-            f"{there} "
+            f"No bounds of {metric} for {', '.join(missing)}: interquartile mean and performance profile are left out. "
+            f"{there}"
             'Put {"task": {"low": ..., "high": ..., "source": "how they were measured"}} into bounds.json beside the '
             "runs or name a file by --bounds; measure them by runs that are not compared (docs/report.md)."
         )
@@ -177,9 +177,8 @@ def _estimates(scores: dict, function: Callable[..., np.ndarray], what: str) -> 
 def interval_of_mean(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The 95 % bootstrap interval, [K] and [K], of the mean over seeds of values [seeds, K]."""
     draws = np.random.default_rng(0).integers(len(values), size=(REPETITIONS, len(values)))
-    weights = np.stack(
-        [(draws == seed).mean(1) for seed in range(len(values))], axis=1
-    )  # instead of [samples, seeds, K]
+    # How often each seed is drawn, [samples, seeds]: values[draws] would be [samples, seeds, K].
+    weights = np.stack([(draws == seed).mean(1) for seed in range(len(values))], axis=1)
     low, high = np.percentile(weights @ values, [2.5, 97.5], axis=0)
     return low, high
 
