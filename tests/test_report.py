@@ -214,6 +214,36 @@ def test_probability_of_improvement(two_tasks, report):
     assert aggregates.probability_of_improvement(x, y) == pytest.approx(metrics.probability_of_improvement(x, y))
 
 
+def test_interval_of_the_probability_of_improvement(two_tasks, report):
+    report(two_tasks, "--baseline", "mappo")
+    (row,) = [row for row in table(two_tasks / "aggregate.csv") if row["label"] == "mars"]
+    x, y = (np.array(list(FINAL[label].values())).T for label in ("mars", "mappo"))
+    draw, means = np.random.RandomState(0), []
+    for _ in range(aggregates.REPETITIONS):
+        drawn_x, drawn_y = (own[draw.choice(4, (4, 2)), [0, 1]] for own in (x, y))
+        means.append(np.mean([(a > b) + (a == b) / 2 for t in (0, 1) for a in drawn_x[:, t] for b in drawn_y[:, t]]))
+    ends = [float(row[f"improvement_{end}"]) for end in ("low", "high")]
+    assert ends == pytest.approx(np.percentile(means, [2.5, 97.5]), rel=1e-5)
+
+
+@pytest.mark.parametrize(("scores", "expected"), [([[0, 0], [0, 0], [10, 10]], 2.5), ([[0], [0], [10]], 10 / 3)])
+def test_interquartile_mean_of_a_number_that_four_does_not_divide(scores, expected):
+    assert aggregates.interquartile_mean(np.array(scores, dtype=float)) == pytest.approx([expected])
+
+
+def test_bands():
+    values = np.random.default_rng(3).normal(size=(5, 7))
+    draw = np.random.default_rng(0)
+    means = [
+        np.mean([values[i] for i in drawn], axis=0) for drawn in draw.integers(5, size=(aggregates.REPETITIONS, 5))
+    ]
+    low, high = aggregates.interval_of_mean(values)
+    assert low == pytest.approx(np.percentile(means, 2.5, axis=0))
+    assert high == pytest.approx(np.percentile(means, 97.5, axis=0))
+    # The mean of two drawn of 0 and 1 is 0 or 1, each with probability 1/4.
+    assert np.ravel(aggregates.interval_of_mean(np.array([[0.0], [1.0]]))) == pytest.approx([0, 1])
+
+
 def test_performance_profile(two_tasks):
     runs, notes = read_folders([str(two_tasks)])
     cells = statistics.cells(runs, "return", None, notes)
@@ -269,13 +299,24 @@ def test_pictures(two_tasks, tmp_path, report):
     for name, expected in words.items():
         width, height = png_size(out / f"{name}.png")
         assert width == pictures.WIDTH * pictures.DPI
-        assert height > 90
+        assert height > (3 if name == "learning_curves" else 1.5) * pictures.DPI  # inches
         text = svg_text(out / f"{name}.svg")
         assert [word for word in expected if word not in text] == []
         assert f"({name}.png)" in (out / "report.md").read_text()
     curves = (out / "learning_curves.svg").read_text()
-    assert curves.count("FillBetweenPolyCollection") == 4  # a band for each arm and task
-    assert "2001" not in curves.split("<defs>")[0]
+    assert curves.count("fill-opacity: 0.13") == 4  # a band for each arm and task
+    assert "<dc:date>" not in curves
+
+
+def test_labels_that_matplotlib_takes_for_its_own(two_tasks, tmp_path, report):
+    labels = {"mappo": r"$\foo$", "mars": "_mars"}
+    for algorithm in labels:
+        for run in [*two_tasks.glob(f"{algorithm}_*")]:
+            shutil.copytree(run, tmp_path / algorithm / run.name)
+    folders = [f"{tmp_path / algorithm}={label}" for algorithm, label in labels.items()]
+    report(*folders, "--bounds", two_tasks / "bounds.json", "--out", tmp_path, draw=True)
+    for name in pictures.NAMES:
+        assert [label for label in labels.values() if label not in svg_text(tmp_path / f"{name}.svg")] == []
 
 
 def test_the_same_bytes_twice(two_tasks, tmp_path, report):
@@ -386,6 +427,7 @@ def test_metric(tmp_path, report, refused):
     printed = rows(report(tmp_path / "runs", "--metric", "collection/agents/info/win_rate"))
     assert printed["vmas/balance", "mars"][2] == "0.750 ± 0.250"
     assert rows(report(tmp_path / "runs", "--metric", "agents_return"))["vmas/balance", "mars"][2] == "4.00 ± 0.00"
+    assert "no step_count, left out. It has return" in refused(tmp_path / "runs", "--metric", "step_count")
     message = refused(tmp_path / "runs", "--metric", "wins")
     assert "no wins, left out. It has return, collection_return, time_s" in message
 
@@ -427,6 +469,15 @@ def test_a_run_that_was_resumed_elsewhere_is_one(tmp_path, report):
     assert rows(printed)["vmas/balance", "mars"][:3] == ["1", "40", "5.00"]
 
 
+def test_a_copy_of_a_run_is_one_with_it_if_it_is_equal(tmp_path, report, refused):
+    run = write_run(tmp_path / "a")
+    copy = Path(shutil.copytree(run, tmp_path / "b" / run.name))
+    assert rows(report(tmp_path))["vmas/balance", "mars"][:3] == ["1", "40", "4.00"]
+    file = copy / f"{copy.name}.json"
+    file.write_text(file.read_text().replace("5.0", "7.0"))
+    assert f"seed 0 is there twice: {run} and {copy}" in refused(tmp_path)
+
+
 def test_rows_of_a_killed_run(tmp_path):
     (tmp_path / "rows.csv").write_text("0,1.0\n1,2.0\n1,3.0\n2,4")
     assert read_rows(tmp_path / "rows.csv") == {0: 1.0, 1: 3.0}
@@ -452,16 +503,59 @@ def test_labels(tmp_path, report, refused):
         write_run(tmp_path / "c", "happo", seed=seed, experiments={"max_n_frames": 30 + seed})
     names = lambda *folders: [label for _, label in rows(report(*folders, "--out", tmp_path))]  # noqa: E731
     assert names(tmp_path / "a") == ["mars"]
-    assert names(tmp_path / "a", tmp_path / "c") == ["happo, c", "mars, a"]
+    assert names(tmp_path / "a", tmp_path / "c") == ["happo", "mars"]
     b = ["mars, epsilon=0.1, model.num_cells=[8]", "mars, epsilon=0.2, model.num_cells=[16]"]
     assert names(tmp_path / "b") == b
-    assert names(f"{tmp_path / 'a'}=MARS, twice", tmp_path / "c") == ["MARS, twice", "happo, c"]
+    assert names(f"{tmp_path / 'a'}=MARS, twice", tmp_path / "c") == ["MARS, twice", "happo"]
     assert "a label is for one arm, there are mars, epsilon=0.1" in refused(f"{tmp_path / 'b'}=B")
     other = shutil.copytree(tmp_path / "a", tmp_path / "d" / "a")
-    assert "Two folders are called a: give each a label" in refused(tmp_path / "a", other)
+    message = refused(tmp_path / "a", other)
+    assert "mars, a, seed 0 is there twice" in message
+    assert "give each a label: FOLDER=LABEL" in message
+    assert names(tmp_path / "a", tmp_path / "d", tmp_path / "c") == ["happo", "mars, a", "mars, d"]
     message = refused(tmp_path / "a", "--baseline", "mappo")
     assert "--baseline: there is no mappo. Choose of: mars." in message
     assert "--tasks: there is no balance. Choose of: vmas/balance." in refused(tmp_path / "a", "--tasks", "balance")
+
+
+def test_a_folder_per_task_makes_one_arm(two_tasks, tmp_path, report):
+    report(two_tasks, "--baseline", "mappo", "--out", tmp_path / "one")
+    for task in BOUNDS:
+        for run in [*two_tasks.glob(f"*_{task}_*")]:
+            shutil.copytree(run, tmp_path / task / run.name)
+    bounds = ("--bounds", two_tasks / "bounds.json")
+    report(tmp_path / "balance", tmp_path / "spread", "--baseline", "mappo", *bounds, "--out", tmp_path / "two")
+    for name in ("report.csv", "aggregate.csv"):
+        assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text()
+
+
+def test_seeds_in_two_folders_are_one_arm_if_their_settings_are_equal(tmp_path, report):
+    write_run(tmp_path / "a", seed=0)
+    write_run(tmp_path / "b", seed=1)
+    write_run(tmp_path / "c", seed=2, algorithms={"epsilon": 0.1})
+    arms = lambda *folders: {  # noqa: E731
+        label: row[0] for (_, label), row in rows(report(*(tmp_path / folder for folder in folders))).items()
+    }
+    assert arms("a", "b") == {"mars": "2"}
+    assert arms("a", "c") == {"mars, a": "1", "mars, c": "1"}
+
+
+def test_a_label_may_have_an_equals_sign(tmp_path, report):
+    write_run(tmp_path / "seed=0")
+    found = rows(report(f"{tmp_path / 'seed=0'}=MARS, d=0.1"))
+    assert list(found) == [("vmas/balance", "MARS, d=0.1")]
+
+
+def test_saved_and_raw_runs_of_a_task_are_of_one_task(tmp_path, report):
+    for n in (8, 16):
+        write_run(tmp_path / "first" / str(n), tasks={"n_agents": n})
+        write_run(tmp_path / "second" / str(n), seed=1, tasks={"n_agents": n})
+    report(tmp_path / "first", "--save", tmp_path / "saved")
+    both = rows(report(tmp_path / "saved", tmp_path / "second"))
+    assert {key: row[0] for key, row in both.items()} == {
+        ("vmas/balance, n_agents=8", "mars"): "2",
+        ("vmas/balance, n_agents=16", "mars"): "2",
+    }
 
 
 def test_tasks_of_one_name_are_told_apart_by_their_settings(tmp_path, report):
@@ -488,6 +582,7 @@ def test_odd_runs_are_said_and_left_out(tmp_path, report):
     short = write_run(tmp_path, "mappo", seed=2, returns=(0.0, 100.0), frames=20, planned=20)
     write_run(tmp_path, "happo", returns=(0.0, 2.0), frames=20, planned=20)
     broken = write_run(tmp_path, "ippo", returns=(0.0, float("nan"), 2.0))
+    broken_at_once = write_run(tmp_path, "ippo", seed=1, returns=(float("nan"), 1.0, 2.0))
     half = write_run(tmp_path, "maspo")
     report_file = half / f"{half.name}.json"
     report_file.write_text(report_file.read_text()[:200])
@@ -509,7 +604,9 @@ def test_odd_runs_are_said_and_left_out(tmp_path, report):
     (line,) = [line for line in printed.splitlines() if str(short) in line]
     assert "last evaluated at 20 frames, other seeds at 40, left out" in line
     (line,) = [line for line in printed.splitlines() if str(broken) in line]
-    assert "not finite at 20 frames, left out" in line
+    assert "not finite at 20 frames, left out. --frames 19 looks before it." in line
+    (line,) = [line for line in printed.splitlines() if str(broken_at_once) in line]
+    assert line.endswith("not finite at 10 frames, left out.")
     assert f"{report_file} is not whole" in printed
     assert "vmas/balance, happo: one seed, so nothing is known of the spread" in printed
     assert "unequal frames (happo 20, mappo 40, mars 40, maspo 40), not comparable" in printed
@@ -519,6 +616,112 @@ def test_odd_runs_are_said_and_left_out(tmp_path, report):
     equal = rows(report(tmp_path, "--frames", 20))
     assert equal["vmas/balance", "mars"][:3] == ["3", "20", "34.67 ± 46.20"]
     assert equal["vmas/balance", "happo"][:3] == ["1", "20", "2.00"]
+
+
+def break_csv(run, name, content):
+    (run / run.name / "scalars" / f"{name}.csv").write_bytes(content)
+
+
+def break_steps(run, change):
+    file = run / f"{run.name}.json"
+    data = json.loads(file.read_text())
+    change(data["vmas"]["balance"]["mars"]["seed_1"])
+    file.write_text(json.dumps(data))
+
+
+def break_hydra(run, name, content):
+    (run.parent / ".hydra").mkdir()
+    (run.parent / ".hydra" / name).write_text(content)
+    if name == "config.yaml":
+        shutil.rmtree(run / run.name / "texts")
+
+
+UNREADABLE = {
+    "csv with a header": (lambda run: break_csv(run, "timers_total_time", b"step,value\n0,1.0\n"), "total_time.csv"),
+    "csv with garbage": (lambda run: break_csv(run, "timers_total_time", b"0;1;2\n"), "timers_total_time.csv"),
+    "csv in no UTF-8": (lambda run: break_csv(run, "timers_total_time", b"0,\xff\n"), "timers_total_time.csv"),
+    "frames that are no number": (lambda run: break_csv(run, "counters_total_frames", b"0,nan\n"), "ValueError"),
+    "no step_count": (lambda run: break_steps(run, lambda steps: steps["step_1"].pop("step_count")), "step_count"),
+    "a step that is a list": (lambda run: break_steps(run, lambda steps: steps.update(step_1=[1])), "AttributeError"),
+    "null in the returns": (
+        lambda run: break_steps(run, lambda steps: steps["step_1"].update({"return": [None, 1.0]})),
+        "TypeError",
+    ),
+    "overrides that are no yaml": (lambda run: break_hydra(run, "overrides.yaml", "- [a"), "ParserError"),
+    "a config that is a list": (lambda run: break_hydra(run, "config.yaml", "- a\n"), "AttributeError"),
+    "frames in words": (lambda run: break_hydra(run, "config.yaml", "experiment: {max_n_frames: all}"), "ValueError"),
+}
+
+
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_a_run_that_cannot_be_read_is_left_out_by_a_note(tmp_path, report, refused, what):
+    destroy, message = UNREADABLE[what]
+    write_run(tmp_path / "whole")
+    run = write_run(tmp_path / "broken", seed=1)
+    destroy(run)
+    printed = report(tmp_path)
+    assert rows(printed)["vmas/balance", "mars"][:3] == ["1", "40", "4.00"]
+    (line,) = [line for line in printed.splitlines() if line.startswith(f"- {run} cannot be read")]
+    assert message in line
+    assert f"{run} cannot be read" in refused(tmp_path / "broken")  # where nothing else is there, why
+
+
+SAVED = {
+    "a missing key": ("runs.json", lambda text: text.replace('"seed"', '"sed"')),
+    "runs that are a number": ("runs.json", lambda text: '{"shared_settings": {}, "runs": 3}'),
+    "a cut-off index": ("runs.json", lambda text: text[:-20]),
+    "an empty csv": ("vmas_balance-mars-seed0.csv", lambda text: ""),
+    "garbage": ("vmas_balance-mars-seed0.csv", lambda text: text.replace("4", "four")),
+    "another header": ("vmas_balance-mars-seed0.csv", lambda text: text.replace("frames", "steps")),
+}
+
+
+@pytest.mark.parametrize("what", SAVED)
+def test_saved_results_that_are_not_as_they_were_saved(tmp_path, report, refused, what):
+    write_run(tmp_path / "runs")
+    saved = tmp_path / "saved"
+    report(tmp_path / "runs", "--save", saved)
+    name, change = SAVED[what]
+    (saved / name).write_text(change((saved / name).read_text()))
+    message = refused(saved)
+    assert f"{saved / name} is not as --save writes it" in message or name == "runs.json"
+    assert "is not as --save writes it" in message
+    assert "is not as --save writes it" in refused(tmp_path / "runs", "--save", saved)
+
+
+def test_saved_results_without_times(tmp_path, report):
+    write_run(tmp_path / "runs")
+    report(tmp_path / "runs", "--save", tmp_path / "saved")
+    (tmp_path / "saved" / "vmas_balance-mars-seed0.csv").write_text("frames,return\n10,1\n40,5\n")
+    assert rows(report(tmp_path / "saved"))["vmas/balance", "mars"][2:] == ["5.00", "5.00", "3.00", "-", "-"]
+
+
+def test_folders_that_cannot_be_written(tmp_path, refused):
+    run = write_run(tmp_path / "runs").parent
+    file = tmp_path / "file"
+    file.write_text("")
+    (tmp_path / "taken" / "report.csv").mkdir(parents=True)
+    for option in ("--out", "--save"):
+        for folder in (file, file / "below", "/proc/none"):
+            assert f"{option}: cannot write into {folder}" in refused(run, option, folder)
+    assert f"--out: cannot write into {tmp_path / 'taken'}" in refused(run, "--out", tmp_path / "taken")
+
+
+def test_runs_are_not_saved_beside_themselves(tmp_path, report, refused):
+    write_run(tmp_path / "runs")
+    for folder in (tmp_path / "runs", tmp_path / "runs" / "saved"):
+        assert f"--save: {folder} is in {tmp_path / 'runs'}, where the runs are" in refused(
+            tmp_path / "runs", "--save", folder
+        )
+    report(tmp_path / "runs", "--save", tmp_path / "saved")
+    write_run(tmp_path / "more", "happo")
+    report(tmp_path / "saved", tmp_path / "more", "--save", tmp_path / "saved")  # adds to what is saved
+    assert [label for _, label in rows(report(tmp_path / "saved"))] == ["happo", "mars"]
+
+
+@pytest.mark.parametrize("frames", [0, -5, "many"])
+def test_frames_are_a_positive_number(tmp_path, refused, frames):
+    assert "argument --frames" in refused(tmp_path, f"--frames={frames}")
 
 
 def test_what_is_left_out_over_tasks_is_said(two_tasks, report):
@@ -533,22 +736,36 @@ def test_what_is_left_out_over_tasks_is_said(two_tasks, report):
 
 
 def test_without_bounds_nothing_is_normalised(two_tasks, report, refused):
+    report(two_tasks, "--baseline", "mappo", draw=True)
+    assert (two_tasks / "performance_profile.png").exists()
     (two_tasks / "bounds.json").rename(two_tasks / "mine.txt")
-    printed = report(two_tasks, "--baseline", "mappo")
+    printed = report(two_tasks, "--baseline", "mappo", draw=True)
     assert "No bounds of return for vmas/balance, vmas/spread" in printed
     assert "bounds.json beside the runs or name a file by --bounds" in printed
     (row,) = table(two_tasks / "aggregate.csv")
     assert (row["label"], row["iqm_estimate"]) == ("mars", "")
     assert float(row["improvement_estimate"]) > 0.5
-    assert not (two_tasks / "performance_profile.png").exists()
+    # Nothing of the report before is left, which would be taken for this one's.
+    assert not list(two_tasks.glob("performance_profile.*"))
+    assert (two_tasks / "aggregate.png").exists()
+    report(two_tasks)
+    assert {file.name for file in two_tasks.iterdir() if file.is_file()} == {"mine.txt", "report.md", "report.csv"}
     assert "interquartile mean, 95" in report(two_tasks, "--bounds", two_tasks / "mine.txt")
     for text, message in (
         ('{"vmas/balance": {"low": 3, "high": 3, "source": ""}}', "vmas/balance has low 3 and high 3"),
+        ('{"vmas/balance": {"low": 0, "high": Infinity, "source": ""}}', "both must be finite numbers"),
+        ('{"vmas/balance": {"low": NaN, "high": 1, "source": ""}}', "both must be finite numbers"),
+        ('{"vmas/balance": {"low": false, "high": true, "source": ""}}', "both must be finite numbers"),
         ('{"vmas/balance": {"low": 3}}', "vmas/balance needs low, high, source"),
         ("[]", "cannot be read as bounds by task"),
     ):
         (two_tasks / "mine.txt").write_text(text)
         assert message in refused(two_tasks, "--bounds", two_tasks / "mine.txt")
+
+
+def test_bounds_of_other_names_are_listed(two_tasks, report):
+    (two_tasks / "bounds.json").write_text('{"balance": {"low": 3, "high": 4, "source": ""}}')
+    assert "There are bounds for balance." in report(two_tasks)
 
 
 def test_folders_without_runs(tmp_path, refused):

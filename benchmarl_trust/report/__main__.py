@@ -11,6 +11,8 @@ each number is.
 
 import argparse
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarl_trust.report import aggregates, compact, pictures, statistics, tables
@@ -18,6 +20,14 @@ from benchmarl_trust.report.folders import read_folders, split_label
 from benchmarl_trust.report.runs import ReportError, Run
 
 WORDS = {"return": "return", "collection_return": "return in collection", "kl": "KL (nats)", "time_s": "time (s)"}
+WRITTEN = ["report.md", "report.csv", "aggregate.csv"]
+WRITTEN += [f"{name}.{kind}" for name in pictures.NAMES for kind in ("png", "svg")]
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of frames: 1 or more")
+    return int(text)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -47,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
         default="final",
         help="of a run, to aggregate over tasks: its final or best evaluation, or the area; default: %(default)s",
     )
-    parser.add_argument("--frames", type=int, metavar="N", help="look no further than these frames")
+    parser.add_argument("--frames", type=_positive, metavar="N", help="look no further than these frames")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these; default: all")
     parser.add_argument("--labels", nargs="+", metavar="LABEL", help="only these; default: all")
     parser.add_argument("--bounds", type=Path, metavar="FILE", help="default: bounds.json in the folders")
@@ -64,21 +74,47 @@ def report(options: argparse.Namespace) -> str:
         ReportError: saying what to do.
     """
     runs, notes = read_folders(options.folders, options.metric)
-    runs = _chosen(runs, options)
+    out = options.out or split_label(options.folders[0])[0]
+    what = WORDS.get(options.metric) or options.metric
+    score = f"area under the {what}" if options.score == "area" else f"{options.score} {what}"
     if options.save is not None:
-        compact.save(runs, options.save)
+        _check_save(options, runs)
+    runs = _chosen(runs, options)
+    with _writing("--out", out):
+        out.mkdir(parents=True, exist_ok=True)
+    if options.save is not None:
+        with _writing("--save", options.save):
+            compact.save(runs, options.save)
     cells = statistics.cells(runs, options.metric, options.frames, notes)
     bounds = aggregates.read_bounds(_bounds_files(options), options.metric)
     over_tasks = aggregates.aggregate(cells, bounds, options.baseline, options.score, options.metric, notes)
-    out = options.out or split_label(options.folders[0])[0]
-    out.mkdir(parents=True, exist_ok=True)
-    drawn = pictures.draw(cells, over_tasks, options.baseline, _what(options), _score(options), out)
-    tables.write_csv(cells, over_tasks, out)
-    text = _text(options, cells, over_tasks, bounds, notes)
-    shown = "\n".join(f"![{file.stem.replace('_', ' ')}]({file.name})" for file in drawn)
-    (out / "report.md").write_text(f"{text}\n\n{shown}\n")
+    text = _text(options, what, score, cells, over_tasks, bounds, notes)
+    with _writing("--out", out):
+        for name in WRITTEN:  # an earlier report may have written what this one does not
+            (out / name).unlink(missing_ok=True)
+        drawn = pictures.draw(cells, over_tasks, options.baseline, what, score, out)
+        tables.write_csv(cells, over_tasks, out)
+        shown = "\n".join(f"![{file.stem.replace('_', ' ')}]({file.name})" for file in drawn)
+        (out / "report.md").write_text(f"{text}\n\n{shown}\n")
     names = ", ".join(file.stem for file in drawn)
     return f"{text}\n\nWritten into {out}: report.md, the tables as .csv, {names} as .png and .svg"
+
+
+@contextmanager
+def _writing(option: str, folder: Path) -> Iterator[None]:
+    """Says which option's folder cannot be written into."""
+    try:
+        yield
+    except OSError as error:
+        raise ReportError(f"{option}: cannot write into {folder} ({error}). Name another folder.") from error
+
+
+def _check_save(options: argparse.Namespace, runs: list[Run]) -> None:
+    """Refuse to save beside the runs that are saved: the next report would find them twice."""
+    raw = [place.resolve() for run in runs for place in run.places if place.is_dir()]
+    for folder in (split_label(text)[0].resolve() for text in options.folders):
+        if options.save.resolve().is_relative_to(folder) and any(place.is_relative_to(folder) for place in raw):
+            raise ReportError(f"--save: {options.save} is in {folder}, where the runs are. Name a folder outside it.")
 
 
 def _chosen(runs: list[Run], options: argparse.Namespace) -> list[Run]:
@@ -106,6 +142,8 @@ def _bounds_files(options: argparse.Namespace) -> list[Path]:
 
 def _text(
     options: argparse.Namespace,
+    what: str,
+    score: str,
     cells: list[statistics.Cell],
     over_tasks: aggregates.Aggregates,
     bounds: dict[str, aggregates.Bounds],
@@ -114,28 +152,18 @@ def _text(
     limit = "" if options.frames is None else f" up to {options.frames} frames"
     parts = [
         "# Report",
-        f"Of the {_what(options)}{limit}: the final and the best evaluation and the area under the curve (its mean "
+        f"Of the {what}{limit}: the final and the best evaluation and the area under the curve (its mean "
         "over frames), mean ± standard deviation over seeds; wall time and KL per iteration, means over seeds.",
         tables.by_task(cells),
     ]
     if table := tables.over_tasks(over_tasks, options.baseline):
-        parts += [f"Over tasks, of the {_score(options)} ({'; '.join(over_tasks.tasks)}):", table]
+        parts += [f"Over tasks, of the {score} ({'; '.join(over_tasks.tasks)}):", table]
     if over_tasks.iqm:
         lines = tables.describe_bounds(bounds, over_tasks.tasks)
         parts.append("\n".join(["Normalised so that these are 0 and 1:", "", *(f"- {line}" for line in lines)]))
     if notes:
         parts.append("\n".join(["To note:", "", *(f"- {note}" for note in notes)]))
     return "\n\n".join(parts)
-
-
-def _what(options: argparse.Namespace) -> str:
-    """The metric in words."""
-    return WORDS.get(options.metric) or options.metric
-
-
-def _score(options: argparse.Namespace) -> str:
-    """The score in words."""
-    return f"area under the {_what(options)}" if options.score == "area" else f"{options.score} {_what(options)}"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,7 +2,8 @@ r"""The numbers over tasks, by rliable (Agarwal et al. 2021, Deep RL at the Edge
 
 Scores :math:`x_{m,n}` of task m and seed n are normalised by fixed bounds of the task, :math:`(x - l_m) / (h_m - l_m)`.
 
-* interquartile mean: the mean of the middle half of all M N scores of an arm
+* interquartile mean: the mean of the M N scores of an arm without ⌊M N / 4⌋ scores at each end; of fewer than four
+  scores it is the mean
 * performance profile: the fraction of the M N scores above τ, over τ
 * probability of improvement over a baseline y: :math:`\frac{1}{M} \sum_m P(x_m > y_m)`, in which a tie counts half; it
   compares the scores of each task with each other and needs no bounds
@@ -11,6 +12,7 @@ Intervals are percentiles, 2.5 and 97.5 %, of a bootstrap that draws seeds anew 
 """
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,14 +73,21 @@ def read_bounds(files: list[Path], metric: str) -> dict[str, Bounds]:
             keys = ("low", "high", "source")
             if not isinstance(entry, dict) or any(key not in entry for key in keys):
                 raise ReportError(f"{file}: {task} needs {', '.join(keys)}: two numbers and how they were measured.")
-            if not all(isinstance(entry[key], int | float) for key in keys[:2]) or not entry["low"] < entry["high"]:
-                raise ReportError(f"{file}: {task} has low {entry['low']} and high {entry['high']}: low must be less.")
+            if not all(_is_finite(entry[key]) for key in keys[:2]) or not entry["low"] < entry["high"]:
+                raise ReportError(
+                    f"{file}: {task} has low {entry['low']} and high {entry['high']}: both must be finite numbers, low "
+                    "the lesser."
+                )
             if entry.get("metric", "return") != metric:
                 continue
             own = Bounds(low=entry["low"], high=entry["high"], source=entry["source"])
             if bounds.setdefault(task, own) != own:
                 raise ReportError(f"{file} and another file have different bounds for {task}: name one by --bounds.")
     return bounds
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def aggregate(
@@ -89,8 +98,10 @@ def aggregate(
     arms = _complete(cells, tasks, score, notes)
     missing = [task for task in tasks if task not in bounds]
     if missing and arms:
+        there = f"There are bounds for {', '.join(bounds)}. " if bounds else ""
         notes.append(
             f"No bounds of {metric} for {', '.join(missing)}: interquartile mean and performance profile are left out. "
+            f"{there}"
             'Put {"task": {"low": ..., "high": ..., "source": "how they were measured"}} into bounds.json beside the '
             "runs or name a file by --bounds; measure them by runs that are not compared (docs/report.md)."
         )
@@ -166,7 +177,9 @@ def _estimates(scores: dict, function: Callable[..., np.ndarray], what: str) -> 
 def interval_of_mean(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The 95 % bootstrap interval, [K] and [K], of the mean over seeds of values [seeds, K]."""
     draws = np.random.default_rng(0).integers(len(values), size=(REPETITIONS, len(values)))
-    low, high = np.percentile(values[draws].mean(1), [2.5, 97.5], axis=0)
+    # How often each seed is drawn, [samples, seeds]: values[draws] would be [samples, seeds, K].
+    weights = np.stack([(draws == seed).mean(1) for seed in range(len(values))], axis=1)
+    low, high = np.percentile(weights @ values, [2.5, 97.5], axis=0)
     return low, high
 
 

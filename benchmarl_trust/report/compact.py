@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import benchmarl_trust
-from benchmarl_trust.report.runs import ReportError, Run
+from benchmarl_trust.report.runs import UNREADABLE, ReportError, Run
 
 COLUMNS = ("time_s", "return", "collection_return", "kl")
 #: Settings that name places on a machine.
@@ -60,28 +60,26 @@ def load(folder: Path) -> list[Run]:
     Raises:
         ReportError: for files that are not there or not as they were written.
     """
-    data = read_index(folder / "runs.json")
-    if data is None:
-        raise ReportError(f"{folder / 'runs.json'} is not whole: take it from where it came from, or save anew.")
-    runs = []
-    for entry in data["runs"]:
-        file = folder / entry["file"]
-        if not file.is_file():
-            raise ReportError(f"{file} is missing, which {folder / 'runs.json'} names: save the run anew (--save).")
-        known = {key: entry[key] for key in ("task", "algorithm", "seed", "label", "frames", "finished")}
-        known |= {"planned": entry["planned_frames"], "overrides": entry["overrides"], "versions": entry["versions"]}
-        settings = data["shared_settings"] | entry["settings"]
-        runs.append(Run(places=[file], curves=_read_curves(file), settings=settings, **known))
+    file, runs = folder / "runs.json", []
+    try:
+        data = json.loads(file.read_text())
+        for entry in data["runs"]:
+            file = folder / entry["file"]
+            settings = data["shared_settings"] | entry["settings"]
+            known = {key: entry[key] for key in ("task", "algorithm", "seed", "label", "frames", "finished")}
+            known |= {key: entry[key] for key in ("overrides", "versions")}
+            known["planned"] = entry["planned_frames"]
+            runs.append(Run(places=[file], curves=_read_curves(file), settings=settings, **known))
+    except FileNotFoundError as error:
+        raise ReportError(f"{file} is missing, which runs.json beside it names: save the run anew (--save).") from error
+    except UNREADABLE as error:
+        raise ReportError(f"{file} is not as --save writes it ({error!r}): save its run anew.") from error
     return runs
 
 
-def read_index(file: Path) -> dict[str, Any] | None:
-    """The content of a ``runs.json``; None if it is not one."""
-    try:
-        data = json.loads(file.read_text())
-    except (ValueError, UnicodeDecodeError):
-        return None
-    return data if isinstance(data, dict) and {"runs", "shared_settings"} <= data.keys() else None
+def is_index(file: Path) -> bool:
+    """Whether it is a ``runs.json`` of :func:`save`, even if it is cut off."""
+    return b'"shared_settings"' in file.read_bytes()
 
 
 def _entry(name: str, run: Run) -> dict[str, Any]:
@@ -126,6 +124,6 @@ def _read_curves(file: Path) -> dict[str, dict[int, float]]:
     with file.open(newline="") as lines:
         header, *rows = csv.reader(lines)
     if header[0] != "frames" or any(len(row) != len(header) for row in rows):
-        raise ReportError(f"{file} is not as --save writes it: save the run anew.")
+        raise ValueError("its first column is not frames, or a row is not whole")
     columns = list(enumerate(header))[1:]
     return {name: {int(row[0]): float(row[i]) for row in rows if row[i]} for i, name in columns}

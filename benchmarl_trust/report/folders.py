@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarl_trust.report import compact
-from benchmarl_trust.report.runs import ReportError, Run, check_once, find_runs, name_arms, name_tasks
+from benchmarl_trust.report.runs import ReportError, Run, check_once, find_runs, name_arms, name_folders, name_tasks
 
 
 def split_label(text: str) -> tuple[Path, str | None]:
@@ -17,8 +17,10 @@ def split_label(text: str) -> tuple[Path, str | None]:
     """
     if Path(text).exists() or "=" not in text:
         return Path(text), None
-    folder, _, label = text.rpartition("=")
-    return Path(folder), label.strip() or None
+    # Both may have "=" in them: the first before which there is a folder parts them.
+    signs = [sign.start() for sign in re.finditer("=", text)]
+    end = next((sign for sign in signs if sign and Path(text[:sign]).is_dir()), signs[-1])
+    return Path(text[:end]), text[end + 1 :].strip() or None
 
 
 def read_folders(folders: Iterable[str], metric: str = "return") -> tuple[list[Run], list[str]]:
@@ -26,7 +28,7 @@ def read_folders(folders: Iterable[str], metric: str = "return") -> tuple[list[R
 
     Args:
         folders (list of str): each ``FOLDER`` or ``FOLDER=LABEL``. Without labels runs are called by their algorithm,
-            with several folders also by the folder's name. Saved runs keep the label they were saved with.
+            also by the folder's name if it would be of two arms else. Saved runs keep the label they were saved with.
         metric (str): a further curve to read.
 
     Returns: runs, and notes on what was left out.
@@ -35,35 +37,41 @@ def read_folders(folders: Iterable[str], metric: str = "return") -> tuple[list[R
         ReportError: for folders without runs, and for a run that is there twice.
     """
     named = [split_label(text) for text in folders]
-    suffixes = [path.resolve().name for path, label in named if label is None]
-    runs, notes = [], []
+    fixed: list[Run] = []  # runs that have their labels
+    free: list[tuple[str, list[Run]]] = []  # others by their folder's name
+    notes: list[str] = []
     for folder, label in named:
         if not folder.is_dir():
             raise ReportError(f"{folder}: there is no such folder.")
         saved = [run for file in _saved(folder) for run in compact.load(file.parent)]
         found = find_runs(folder, metric, notes)
         if not saved and not found:
-            raise ReportError(
+            message = (
                 f"{folder} holds no runs: name a folder with BenchMARL's JSON or CSV files below it "
                 "(experiment.create_json=True experiment.loggers=[csv]), or one that --save has written."
             )
-        suffix = folder.resolve().name if len(named) > 1 and label is None else ""
-        if found and suffixes.count(suffix) > 1:
-            raise ReportError(f"Two folders are called {suffix}: give each a label, FOLDER=LABEL.")
-        labels = {*name_arms(found, suffix), *(run.label for run in saved)}
-        if label is not None:
+            raise ReportError("\n".join([message, *(f"- {note}" for note in notes)]))
+        name_arms(found)
+        labels = {run.label for run in [*saved, *found]}
+        if label is None:
+            fixed += saved
+            free.append((folder.resolve().name, found))
+        else:
             if len(labels) > 1:
                 raise ReportError(f"{folder}={label}: a label is for one arm, there are {'; '.join(sorted(labels))}.")
             for run in [*saved, *found]:
                 run.label = label
-        runs += [*saved, *found]
+            fixed += [*saved, *found]
+    runs = [*fixed, *(run for _, found in free for run in found)]
     name_tasks(runs)
+    if len(named) > 1:
+        name_folders(free, fixed)
     check_once(runs)
     return sorted(runs, key=lambda run: (natural(run.task), natural(run.label), run.seed)), notes
 
 
 def _saved(folder: Path) -> list[Path]:
-    return [file for file in sorted(folder.rglob("runs.json")) if compact.read_index(file) is not None]
+    return [file for file in sorted(folder.rglob("runs.json")) if compact.is_index(file)]
 
 
 def natural(text: str) -> list:

@@ -4,9 +4,9 @@ Arms are told apart by colour (Okabe and Ito's, for the colour-blind), by line s
 survives greyscale. The same data gives the same bytes, with one version of matplotlib.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarl_trust.report.aggregates import Aggregates, Estimate, interval_of_mean
 from benchmarl_trust.report.statistics import Cell
@@ -14,15 +14,18 @@ from benchmarl_trust.report.statistics import Cell
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
 LINES = ("-", "--", "-.", ":")
 MARKERS = "osD^vPX*<>"
 WIDTH = 8.4  # inches, the width of a README's text at 100 pixels each
+NAMES = ("learning_curves", "aggregate", "performance_profile")
 DPI = 200  # twice as many, for screens that have them
 SETTINGS: dict = {
     "svg.fonttype": "none",  # text stays text: it can be searched, and read aloud
     "svg.hashsalt": "benchmarl_trust",
+    "text.parse_math": False,  # a label may have a dollar sign
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.spines.top": False,
@@ -102,9 +105,8 @@ def learning_curves(cells: list[Cell], words: str, look: dict[str, dict]) -> "Fi
     seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     note = f"Lines: mean over {seeds} seeds. Bands: 95 % bootstrap interval of that mean."
     figure.supxlabel("One seed, no bands." if counts == [1] else note, fontsize=9)
-    handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    labels = [label for label in look if label in handles]
-    figure.legend([handles[label] for label in labels], labels, loc="outside upper center", ncols=in_a_row)
+    lines = {line.get_label(): line for axis in axes for line in axis.lines}
+    _legend(figure, [lines[label] for label in look if label in lines], loc="outside upper center", ncols=in_a_row)
     return figure
 
 
@@ -165,9 +167,15 @@ def profile(over_tasks: Aggregates, score: str, look: dict[str, dict]) -> "Figur
         )
     axis.set(xlabel=f"τ: {score}, normalised", ylabel="fraction of runs above τ", ylim=(-0.02, 1.02))
     axis.set_xlim(over_tasks.thresholds[0], over_tasks.thresholds[-1])
-    figure.legend(loc="outside right upper")
+    _legend(figure, axis.lines, loc="outside right upper")
     figure.supxlabel(f"Bands: 95 % stratified bootstrap intervals. {_tasks(over_tasks)}", fontsize=9)
     return figure
+
+
+def _legend(figure: "Figure", lines: "Sequence[Line2D]", **where: Any) -> None:
+    """Of all lines. Matplotlib leaves out labels that begin with an underscore: these get a space before it."""
+    labels = [str(line.get_label()) for line in lines]
+    figure.legend([*lines], [f" {label}" if label.startswith("_") else label for label in labels], **where)
 
 
 def _tasks(over_tasks: Aggregates) -> str:

@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,10 @@ BOOKKEEPING = re.compile(
 
 Curve = dict[int, float]  # value by frames
 Content = TypeVar("Content", list, dict)
+
+
+#: What reading a file that is not as it was written may raise.
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, OSError, csv.Error, yaml.YAMLError)
 
 
 class ReportError(ValueError):
@@ -75,9 +80,15 @@ def read_rows(file: Path) -> Curve:
     """Value by step of a CSV file without a header; of a step that is there twice the later row counts.
 
     A last row without its end, of a run that was killed, is left out.
+
+    Raises:
+        ValueError: naming the file, for rows that are no two numbers.
     """
-    whole, _, _ = file.read_text().rpartition("\n")
-    return {int(step): float(value) for step, value in csv.reader(whole.splitlines())}
+    try:
+        whole, _, _ = file.read_text().rpartition("\n")
+        return {int(step): float(value) for step, value in csv.reader(whole.splitlines())}
+    except UNREADABLE as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def find_runs(folder: Path, metric: str, notes: list[str]) -> list[Run]:
@@ -86,7 +97,7 @@ def find_runs(folder: Path, metric: str, notes: list[str]) -> list[Run]:
     for file in sorted(folder.rglob("*.json")):
         try:
             data = json.loads(file.read_text())
-        except (ValueError, UnicodeDecodeError):
+        except (OSError, ValueError):
             notes.append(f"{file} is not whole; the run is read from its CSV files, where it has some.")
             continue
         if isinstance(data, dict) and (runs := list(_reports(data))):
@@ -96,7 +107,11 @@ def find_runs(folder: Path, metric: str, notes: list[str]) -> list[Run]:
             scalars[place.parent.parent] = place
     runs = []
     for place in tqdm(sorted({*reports, *scalars}), desc="reading", leave=False, delay=1):
-        found = _runs_at(place, reports[place], scalars.get(place), metric)
+        try:
+            found = _runs_at(place, reports[place], scalars.get(place), metric)
+        except UNREADABLE as error:
+            notes.append(f"{place} cannot be read ({type(error).__name__}: {error}): left out.")
+            continue
         if not found:
             notes.append(f"{place} has neither a BenchMARL report (json) nor the csv logger's hparams: left out.")
         runs += found
@@ -185,6 +200,7 @@ def metric_files(metric: str, logged: Iterable[str]) -> list[str]:
 def _evaluations(report: dict, key: str) -> Curve:
     """The mean over episodes at each evaluation, from BenchMARL's JSON."""
     steps = [step for name, step in report.items() if name.startswith("step_") and step.get(key)]
+    steps = [step for step in steps if isinstance(step[key], list)]  # step_count is a number
     steps.sort(key=lambda step: step["step_count"])
     return {int(step["step_count"]): sum(step[key]) / len(step[key]) for step in steps}
 
@@ -235,52 +251,81 @@ def _planned(settings: dict[str, Any], on_policy: bool) -> int | None:
 
 
 def _join(runs: list[Run], notes: list[str]) -> list[Run]:
-    """Folders of one run, which was resumed into another place, as one run; of what is there twice the later counts."""
+    """Folders of one name, of a run that was resumed into another place or copied, as one run.
+
+    Each must go beyond the one before, or be equal to it where both have values; of what is there twice the later
+    counts. Others stay two runs.
+    """
     parts: dict[tuple, list[Run]] = defaultdict(list)
     for run in runs:
         parts[run.task, run.algorithm, run.seed, run.places[0].name].append(run)
     joined = []
     for own in parts.values():
-        *earlier, last = sorted(own, key=lambda run: run.frames)
+        own = sorted(own, key=lambda run: run.frames)
+        if any(run.frames == later.frames and not _agree(run, later) for run, later in pairwise(own)):
+            joined += own
+            continue
+        *earlier, last = own
         if earlier:
             last.places = [place for run in [*earlier, last] for place in run.places]
             last.curves = {
                 name: dict(sorted(_later_wins([*(run.curves[name] for run in earlier), curve]).items()))
                 for name, curve in last.curves.items()
             }
-            notes.append(f"{last.name}: folders of one run's name were read as one run, which was resumed.")
+            notes.append(f"{last.name}: folders of one run's name were read as one run (resumed or copied).")
         joined.append(last)
     return joined
+
+
+def _agree(a: Run, b: Run) -> bool:
+    """Their curves are equal where both have values."""
+    return all(
+        b.curves[name].get(at, value) == value for name, curve in a.curves.items() for at, value in curve.items()
+    )
 
 
 def _later_wins(curves: list[Curve]) -> Curve:
     return {frames: value for curve in curves for frames, value in curve.items()}
 
 
-def name_arms(runs: list[Run], suffix: str = "") -> list[str]:
-    """Label the runs of one folder by their algorithm, and by the settings in which its runs on a task differ.
-
-    Args:
-        runs (list of Run): their labels are set.
-        suffix (str): the folder's name, where there are several.
-
-    Returns: the labels.
-    """
+def name_arms(runs: list[Run]) -> None:
+    """Label the runs of one folder by their algorithm, and by the settings in which its runs on a task differ."""
     by_task, keys = defaultdict(list), defaultdict(set)
     for run in runs:
         by_task[run.task, run.algorithm].append(run)
     for (_, algorithm), own in by_task.items():
-        keys[algorithm] |= {key for key in differing(own) if not key.startswith("task.") and not BOOKKEEPING.match(key)}
+        keys[algorithm] |= arms_differ(own)
     for run in runs:
-        run.label = ", ".join([run.algorithm, *([suffix] if suffix else []), *values(run, keys[run.algorithm])])
-    return sorted({run.label for run in runs})
+        run.label = ", ".join([run.algorithm, *values(run, keys[run.algorithm])])
+
+
+def name_folders(folders: list[tuple[str, list[Run]]], named: list[Run]) -> None:
+    """Add the folder's name to a label that would be of two runs, or of two arms, in different folders.
+
+    Args:
+        folders (list of tuple): a folder's name and its runs, whose labels are set.
+        named (list of Run): further runs, which keep their labels.
+    """
+    arms: dict[tuple, list[tuple[int, Run]]] = defaultdict(list)
+    for i, own in enumerate([named, *(own for _, own in folders)]):
+        for run in own:
+            arms[run.task, run.label].append((i, run))
+    unclear = set()
+    for (_, label), found in arms.items():
+        once = {(i, run.seed) for i, run in found}
+        if len(once) > len({seed for _, seed in once}) or arms_differ([run for _, run in found]):
+            unclear.add(label)
+    for name, own in folders:
+        for run in own:
+            if run.label in unclear:
+                run.label = f"{run.label}, {name}"
 
 
 def name_tasks(runs: list[Run]) -> None:
-    """Add to the tasks' names the settings in which tasks of one name differ."""
+    """Add to the tasks' names the settings in which tasks of one name differ; saved runs may have some already."""
     by_task = defaultdict(list)
     for run in runs:
-        by_task[run.task].append(run)
+        by_task[run.task.partition(", ")[0]].append(run)
     for task, own in by_task.items():
         keys = {key for key in differing(own) if key.startswith("task.")}
         for run in own:
@@ -292,6 +337,11 @@ def differing(runs: list[Run]) -> set[str]:
     known = [run.settings for run in runs if run.settings]
     keys = {key for settings in known for key in settings}
     return {key for key in keys if any(settings.get(key) != known[0].get(key) for settings in known)}
+
+
+def arms_differ(runs: list[Run]) -> set[str]:
+    """The keys of settings that make different arms of these runs."""
+    return {key for key in differing(runs) if not key.startswith("task.") and not BOOKKEEPING.match(key)}
 
 
 def values(run: Run, keys: Iterable[str]) -> list[str]:

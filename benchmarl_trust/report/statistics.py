@@ -99,9 +99,8 @@ def _unfit(run: Run, curve: Curve, metric: str, up_to: int | None) -> str | None
         has = ", ".join(name for name, own in run.curves.items() if own)
         return f"{run.name}: no {metric}, left out. It has {has or 'nothing'}, and what its CSV files are called."
     if bad := [at for at, value in curve.items() if not math.isfinite(value)]:
-        return (
-            f"{run.name}: {metric} is not finite at {bad[0]} frames, left out. --frames {bad[0] - 1} looks before it."
-        )
+        before = f" --frames {bad[0] - 1} looks before it." if bad[0] > min(curve) else ""
+        return f"{run.name}: {metric} is not finite at {bad[0]} frames, left out.{before}"
     if not run.finished and (up_to is None or run.frames < up_to):
         return (
             f"{run.name}: unfinished, {run.frames} of {run.planned} frames, left out. Go on with it "
@@ -127,8 +126,10 @@ def _cell(own: list[tuple[Run, Curve]], up_to: int | None, notes: list[str]) -> 
         "area": np.array([area(curve) for curve in curves]),
     }
     limit = math.inf if up_to is None else up_to
-    time = [max((v for at, v in run.curves["time_s"].items() if at <= limit), default=math.nan) for run, _ in own]
-    kl = [[v for at, v in run.curves["kl"].items() if at <= limit] for run, _ in own]
+    time = [
+        max((v for at, v in run.curves.get("time_s", {}).items() if at <= limit), default=math.nan) for run, _ in own
+    ]
+    kl = [[v for at, v in run.curves.get("kl", {}).items() if at <= limit] for run, _ in own]
     scores["time_s"] = np.array(time)
     scores["kl"] = np.array([np.mean(values) if values else math.nan for values in kl])
     first = own[0][0]
