@@ -100,6 +100,13 @@ esac
     return folder
 
 
+@pytest.mark.parametrize("page", PAGES[1:])
+def test_lines_of_code_are_not_cut_off(page):
+    """A block of the site is 105 characters wide on a desktop."""
+    code = "\n".join(block.code for block in blocks(page) if block.language in RUN)
+    assert [line for line in code.splitlines() if len(line) > 105] == []
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_are_run_or_say_why_not(page):
     for block in blocks(page):
