@@ -50,7 +50,11 @@ OPERATORS = {"±": r"\pm ", "·": r"\cdot ", "≤": r"\le ", "≠": r"\ne ", "�
 def mathml(node: nodes.math | nodes.math_block) -> str:
     """The formula as MathML, which browsers draw by themselves; MathJax would be fetched from elsewhere."""
     formula = "".join(OPERATORS.get(character, character) for character in node.astext())
-    return convert(formula, display="block" if isinstance(node, nodes.math_block) else "inline")
+    formula = formula.replace(r"\arg\max", r"\operatorname{argmax}")
+    converted = convert(formula, display="block" if isinstance(node, nodes.math_block) else "inline")
+    if "\\" in converted:
+        raise ValueError(f"MathML of {formula} has a command that was not understood.")
+    return converted
 
 
 def visit_math(translator: nodes.NodeVisitor, node: nodes.math) -> None:

@@ -6,6 +6,7 @@ comment on the line before it: ``<!-- long: two hours -->``, or ``<!-- elsewhere
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,13 @@ esac
     return folder
 
 
+@pytest.mark.parametrize("page", PAGES[1:])
+def test_lines_of_code_are_not_cut_off(page):
+    """A block of the site is 105 characters wide on a desktop."""
+    code = "\n".join(block.code for block in blocks(page) if block.language in RUN)
+    assert [line for line in code.splitlines() if len(line) > 105] == []
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_are_run_or_say_why_not(page):
     for block in blocks(page):
@@ -169,6 +177,18 @@ def test_every_module_is_in_the_reference(folder):
     modules = {file.stem for file in (ROOT / "benchmarl_trust" / folder).glob("[!_]*.py")}
     text = (DOCS / "api" / f"{folder}.md").read_text()
     assert set(re.findall(rf"^\.\. automodule:: benchmarl_trust\.{folder}\.(\w+)$", text, re.MULTILINE)) == modules
+
+
+def test_a_formula_is_understood_or_refused():
+    nodes = pytest.importorskip("docutils.nodes")
+    pytest.importorskip("sphinx")
+    pytest.importorskip("latex2mathml")
+    mathml = runpy.run_path(str(DOCS / "conf.py"))["mathml"]
+    made = mathml(nodes.math("", r"j = \arg\max_i s_i"))
+    assert "argmax" in made
+    assert "\\" not in made
+    with pytest.raises(ValueError, match=r"MathML of \\nosuch x has a command that was not understood"):
+        mathml(nodes.math("", r"\nosuch x"))
 
 
 @pytest.mark.slow
