@@ -139,7 +139,7 @@ def to_run(page: str) -> list[Block]:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in OWN_TEST and to_run(page)])
 def test_commands(page, short_python, tmp_path):
-    for folder in ("benchmarks", "examples"):
+    for folder in ("benchmarks", "docs", "examples"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     runs = 0
     for language, code, *_ in to_run(page):

@@ -1,5 +1,6 @@
 """The study's plan and its runner: what it would run, and that a runner that is killed goes on to the same results."""
 
+import csv
 import importlib.util
 import os
 import shutil
@@ -16,8 +17,10 @@ from benchmarl.hydra_config import load_algorithm_config_from_hydra, load_experi
 from hydra import compose, initialize_config_module
 
 from benchmarl_trust.report import __main__ as report
+from benchmarl_trust.report import compact, statistics
 
-FILE = Path(__file__).parents[1] / "benchmarks" / "study" / "run.py"
+ROOT = Path(__file__).parents[1]
+FILE = ROOT / "benchmarks" / "study" / "run.py"
 spec = importlib.util.spec_from_file_location("study_run", FILE)
 study = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(study)
@@ -85,6 +88,25 @@ def test_a_run_is_whole_with_the_settings_of_the_plan_alone(tmp_path):
     (run.folder(tmp_path) / "finished").write_text("x=1\ny=2")
     assert study.is_whole(run, tmp_path)
     assert not study.is_whole(run._replace(settings=("x=1", "y=3")), tmp_path)
+
+
+def test_the_study_in_the_repository_is_what_its_plan_and_page_say(tmp_path):
+    """The runs that are saved are the plan's, finished, with its settings; the page's table is the report's."""
+    planned = {(run.part, run.task, run.arm, run.seed): run for run in study.planned(PLAN)}
+    for part in PLAN["parts"]:
+        folder = ROOT / "docs" / "results" / part
+        for run in compact.load(folder) if folder.exists() else []:
+            assert run.finished
+            assert run.overrides == list(planned[part, run.task, run.label, run.seed].settings)
+    report.main([str(ROOT / "docs" / "results" / "defaults"), "--baseline", "mappo", "--out", str(tmp_path)])
+    page = (ROOT / "docs" / "results.md").read_text()
+    rows = list(csv.DictReader((tmp_path / "report.csv").open()))
+    assert len(rows) >= 5
+    for row in rows:
+        values = [f"{float(row[f'{name}_mean']):.2f} ± {float(row[f'{name}_std']):.2f}" for name in statistics.SCORES]
+        assert any(
+            line.startswith(f"| `{row['label']}`") and all(v in line for v in values) for line in page.splitlines()
+        )
 
 
 @pytest.mark.slow
