@@ -6,7 +6,7 @@ survives greyscale. The same data gives the same bytes, with one version of matp
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from benchmarl_trust.report.aggregates import Aggregates, Estimate, interval_of_mean
 from benchmarl_trust.report.statistics import Cell
@@ -106,7 +106,8 @@ def learning_curves(cells: list[Cell], words: str, look: dict[str, dict]) -> "Fi
     note = f"Lines: mean over {seeds} seeds. Bands: 95 % bootstrap interval of that mean."
     figure.supxlabel("One seed, no bands." if counts == [1] else note, fontsize=9)
     lines = {line.get_label(): line for axis in axes for line in axis.lines}
-    _legend(figure, [lines[label] for label in look if label in lines], loc="outside upper center", ncols=in_a_row)
+    handles, labels = _labelled([lines[label] for label in look if label in lines])
+    figure.legend(handles, labels, loc="outside upper center", ncols=in_a_row)
     return figure
 
 
@@ -167,15 +168,15 @@ def profile(over_tasks: Aggregates, score: str, look: dict[str, dict]) -> "Figur
         )
     axis.set(xlabel=f"τ: {score}, normalised", ylabel="fraction of runs above τ", ylim=(-0.02, 1.02))
     axis.set_xlim(over_tasks.thresholds[0], over_tasks.thresholds[-1])
-    _legend(figure, axis.lines, loc="outside right upper")
+    figure.legend(*_labelled(axis.lines), loc="outside right upper")
     figure.supxlabel(f"Bands: 95 % stratified bootstrap intervals. {_tasks(over_tasks)}", fontsize=9)
     return figure
 
 
-def _legend(figure: "Figure", lines: "Sequence[Line2D]", **where: Any) -> None:
-    """Of all lines. Matplotlib leaves out labels that begin with an underscore: these get a space before it."""
+def _labelled(lines: "Sequence[Line2D]") -> tuple[list, list[str]]:
+    """Lines and labels of a legend. Matplotlib leaves out labels that begin with an underscore: they get a space."""
     labels = [str(line.get_label()) for line in lines]
-    figure.legend([*lines], [f" {label}" if label.startswith("_") else label for label in labels], **where)
+    return [*lines], [f" {label}" if label.startswith("_") else label for label in labels]
 
 
 def _tasks(over_tasks: Aggregates) -> str:
