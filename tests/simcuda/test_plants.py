@@ -45,7 +45,7 @@ PLANTS = [
         "torch.zeros_like(old_log_prob if rows",
         "torch.zeros(len(old_log_prob)) + (0 if rows",
     ),
-    ("happo", "policy/head.py", "= self.log_half_width.to(loc)", "= self.log_half_width"),
+    ("happo", "policy/head.py", "= self.log_half_width.to(like)", "= self.log_half_width"),
     ("happo", "algorithms/sequential.py", "torch.Generator(self.device)", "torch.Generator()"),
     ("happo", "algorithms/sequential.py", "generator=self.generator, device=self.device)", "generator=self.generator)"),
     ("hatrpog", "functional/conjugate_gradient.py", "(torch.zeros_like(b), ", "(torch.zeros(b.shape), "),
