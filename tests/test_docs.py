@@ -250,7 +250,7 @@ def test_report(tmp_path):
 
     found = {arm: row[:2] for arm, row in arms(shell(first, tmp_path)).items()}
     assert found == {"mappo": ["2", "12000"], "mars": ["2", "12000"]}
-    assert arms(shell(labelled, tmp_path)).keys() == {"MARS at 0.45", "mappo, first", "mars, first"}
+    assert arms(shell(labelled, tmp_path)).keys() == {"MARS at 0.45", "mappo", "mars"}
     assert "no ground_rew" not in shell(metric, tmp_path)
     output = shell(bounds, tmp_path)
     assert "vmas/balance: -6.39 to 5.81 (200 random episodes, seed 100; MAPPO at 36000 frames, seed 100)" in output

@@ -29,7 +29,7 @@ PLAN = yaml.safe_load(study.PLAN.read_text())
 TINY = """
 settings:
   - experiment=vmas_laptop
-  - experiment.max_n_frames=18000
+  - experiment.max_n_frames=60000
   - experiment.evaluation_interval=6000
   - model.num_cells=[8]
   - critic_model.num_cells=[8]
