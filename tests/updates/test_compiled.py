@@ -102,7 +102,7 @@ KINDS = {
     "action mask, absent": {"distribution": "masked", "entropy_coef": 0.01, "masked": True},
     "cnn": {"model": "cnn"},
 }
-SLOW = ("entropy", "discrete", "cnn")
+SLOW = ("entropy drawn", "entropy", "discrete", "action mask, absent", "cnn")
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * (k in SLOW)) for k in KINDS])
@@ -293,7 +293,7 @@ def assert_equal_runs(one, other):
             assert logged[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * (k != "happo")) for k in RUNS])
 def test_runs_are_equal_to_rounding(kind, run, graphs):
     config, keys, task, n_graphs = RUNS[kind]
     settings = {"task": task, "max_n_iters": 3, "on_policy_minibatch_size": 15}  # of 40 frames: 15, 15, 10
@@ -325,6 +325,7 @@ def test_an_experiment_is_freed(run, graphs):
     assert [reference() for reference in gone] == [None, None]
 
 
+@pytest.mark.slow
 def test_more_experiments_than_recompilations_are_allowed(graphs, monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     monkeypatch.setattr(torch._dynamo.config, "accumulated_recompile_limit", 1)
