@@ -8,8 +8,9 @@ Drawings are SVG; their data is in ``docs/results``, each file with the command 
 bytes depend on nothing but the data and the versions of matplotlib, NumPy and contourpy, which each file names. The
 text alternatives are in ``alt.yaml`` beside the pictures; entries of pictures that are made elsewhere stay.
 
-Drawing needs matplotlib. Animations need VMAS (extra ``vmas``) and OpenGL, on Debian and Ubuntu ``apt-get install
-libegl1 libgl1 libglu1-mesa``, but no display. A task that has a run in ``outputs/animations`` is not trained again.
+Drawing needs the extra ``report``. Animations need VMAS (extra ``vmas``) and OpenGL, on Debian and Ubuntu ``apt-get
+install libegl1 libgl1 libglu1-mesa``, but no display. A task that has a run in ``outputs/animations`` is not trained
+again.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 from PIL import Image
+from scipy.stats import t as student_t
 
 from benchmarl_trust.environments.trust_games import differential_reward
 from benchmarl_trust.functional import SURROGATES
@@ -83,9 +85,6 @@ ANIMATIONS = {
     "without letting it fall; in the 100 steps of an episode they do not get there",
     "navigation": "Three agents, discs with the rays by which they sense each other, drive to goals of their colours",
 }
-
-#: Student's t at 97.5 %, by degrees of freedom.
-STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -156,7 +155,7 @@ def draw_advantage_variance() -> tuple[Figure, str]:
             ax.plot(agents, center, style, color=color, label=name)
             said[name] = ", ".join(f"{c:.3g} at N = {n}" for n, c in zip(agents, center, strict=True))
             continue
-        factor = np.exp(STUDENT_T[len(seeds) - 1] * logs.std(1, ddof=1) / math.sqrt(len(seeds)))
+        factor = np.exp(student_t.ppf(0.975, len(seeds) - 1) * logs.std(1, ddof=1) / math.sqrt(len(seeds)))
         low, high, x = center / factor, center * factor, shift * np.array(agents)
         ax.errorbar(x, center, (center - low, high - center), fmt=style, color=color, capsize=3, label=name)
         ax.plot(x, np.exp(logs), ".", color=GREY, markersize=4, zorder=3)
@@ -353,9 +352,10 @@ def main() -> None:
         animate(args.out)
     file = args.out / "alt.yaml"
     others = yaml.safe_load(file.read_text()) if file.exists() else {}
-    alts = others | draw(args.out) | describe_animations()
+    drawn, animated = draw(args.out), describe_animations()
+    alts = others | drawn | animated
     file.write_text(yaml.safe_dump(alts, width=110, allow_unicode=True))
-    for name in (*DRAWINGS, "learning_curves.svg", *(describe_animations() if args.animate else ())):
+    for name in (*drawn, *(animated if args.animate else ())):
         print(args.out / name)
 
 

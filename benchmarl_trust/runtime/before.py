@@ -1,7 +1,6 @@
 """What is wrong is said before BenchMARL has written or collected anything."""
 
 import functools
-import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
