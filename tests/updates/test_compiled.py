@@ -326,9 +326,8 @@ def test_an_experiment_is_freed(run, graphs):
 
 
 @pytest.mark.slow
-def test_more_experiments_than_recompilations_are_allowed(graphs, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    monkeypatch.setattr(torch._dynamo.config, "accumulated_recompile_limit", 1)
+@torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1)
+def test_more_experiments_than_recompilations_are_allowed(graphs):
     for k, distribution in enumerate(("tanh", "categorical"), 1):
         updated({}, distribution=distribution)
         assert graphs() == k
