@@ -8,7 +8,7 @@ from benchmarl.environments import task_config_registry
 from hydra.core.config_store import ConfigStore
 
 from benchmarl_trust.algorithms import ALGORITHMS
-from benchmarl_trust.environments import TrustGamesTask
+from benchmarl_trust.environments import TASKS, PackagedTask
 from benchmarl_trust.runtime import look_before_setup
 
 
@@ -28,11 +28,12 @@ def register() -> None:
     algorithm_config_registry.update(ALGORITHMS)
     for name, config in ALGORITHMS.items():
         ConfigStore.instance().store(group="algorithm", name=f"{name}_config", node=config)
-    for task in TrustGamesTask:
-        _register_task(task)
+    for suite in TASKS:
+        for task in suite:
+            _register_task(task)
 
 
-def _register_task(task: TrustGamesTask) -> None:
+def _register_task(task: PackagedTask) -> None:
     environment, name = task.env_name(), task.name.lower()
     task_config_registry[f"{environment}/{name}"] = task
     ConfigStore.instance().store(group="task", name=f"{environment}_{name}_config", node=task.schema())

@@ -1,5 +1,6 @@
-"""Small cooperative games whose optima are known, as BenchMARL tasks ``trust_games/<name>``."""
+"""Tasks that the package brings: small cooperative games whose optima are known, ``trust_games/<name>``."""
 
+from benchmarl_trust.environments.task import PackagedTask
 from benchmarl_trust.environments.trust_games import (
     DifferentialConfig,
     DifferentialGame,
@@ -11,11 +12,16 @@ from benchmarl_trust.environments.trust_games import (
     matrix_reward,
 )
 
+# What the package registers; a suite's own packages are imported when an environment of it is built.
+TASKS: tuple[type[PackagedTask], ...] = (TrustGamesTask,)
+
 __all__ = [
+    "TASKS",
     "DifferentialConfig",
     "DifferentialGame",
     "MatrixConfig",
     "MatrixGame",
+    "PackagedTask",
     "TrustGamesClass",
     "TrustGamesTask",
     "differential_reward",

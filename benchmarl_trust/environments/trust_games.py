@@ -7,18 +7,17 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarl.environments import Task, TaskClass
+from benchmarl.environments import TaskClass
 from benchmarl.utils import DEVICE_TYPING
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import Binary, Bounded, Categorical, Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
-from benchmarl_trust.paths import conf_folder
+from benchmarl_trust.environments.task import PackagedTask
 
 
 def differential_reward(action: Tensor) -> Tensor:
@@ -311,7 +310,7 @@ class TrustGamesClass(TaskClass):
         return "trust_games"
 
 
-class TrustGamesTask(Task):
+class TrustGamesTask(PackagedTask):
     """The games, by name.
 
     Examples:
@@ -329,10 +328,5 @@ class TrustGamesTask(Task):
         return TrustGamesClass
 
     def schema(self) -> type:
-        """The dataclass that BenchMARL and Hydra check the task's configuration with."""
+        """Bounds and start of the differential game, payoffs of the others."""
         return DifferentialConfig if self is TrustGamesTask.DIFFERENTIAL else MatrixConfig
-
-    def get_from_yaml(self, path: str | None = None) -> TaskClass:
-        """The task of ``conf/task/trust_games/<name>.yaml``, or of the file at ``path``."""
-        name = Path("task") / self.env_name() / f"{self.name.lower()}.yaml"
-        return super().get_from_yaml(str(path or conf_folder() / name))
