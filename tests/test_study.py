@@ -18,6 +18,7 @@ from hydra import compose, initialize_config_module
 
 from benchmarl_trust.report import __main__ as report
 from benchmarl_trust.report import compact, statistics
+from benchmarl_trust.report.runs import Run as SavedRun
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "benchmarks" / "study" / "run.py"
@@ -109,6 +110,33 @@ def test_the_study_in_the_repository_is_what_its_plan_and_page_say(tmp_path):
         )
 
 
+def test_a_tasks_settings_are_in_its_name():
+    part = {"arms": ["a"], "tasks": ["vmas/balance, n_agents=8"], "seeds": [3]}
+    (run,) = study.planned({"settings": [], "arms": {"a": ["a=1"]}, "parts": {"p": part}})
+    assert run.settings == ("a=1", "task=vmas/balance", "task.n_agents=8", "seed=3")
+    assert run.folder(Path("out")) == Path("out/p/vmas_balance_n_agents_8/a/seed3")
+
+
+def test_what_is_saved_is_not_run_again(tmp_path, monkeypatch):
+    """On a machine that has the repository alone; a run whose settings the plan has changed is run."""
+    plan = {"settings": ["s=1"], "arms": {"a": ["a=1"], "b": ["b=1"]}}
+    plan["parts"] = {"p": {"arms": "all", "tasks": ["vmas/t, n_agents=2"], "seeds": [0, 1]}}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    for run in study.planned(plan):
+        overrides = [setting.replace("b=1", "b=2") for setting in run.settings]
+        saved = SavedRun(run.task, "algorithm", run.seed, [], {"return": {6000: 1.0}}, overrides=overrides)
+        saved.label = run.arm
+        compact.save([saved], tmp_path / "results" / "p")
+    started = []
+    monkeypatch.setattr(study, "train", lambda run, out: started.append(run))
+    argv = ["run.py", "--plan", "plan.yaml", "--out", "runs", "--results", "results"]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="These runs failed"):
+        study.main()
+    assert [(run.arm, run.seed) for run in started] == [("b", 0), ("b", 1)]
+
+
 @pytest.mark.slow
 def test_benchmarl_takes_the_settings_of_all_runs():
     with initialize_config_module("benchmarl.conf", version_base=None):
@@ -166,9 +194,12 @@ def test_a_runner_that_is_killed_goes_on_to_the_same_results(tmp_path):
     assert len(list(cut.rglob("finished"))) == 2
     assert len(results(whole / "runs")) == 6
     assert results(cut / "runs") == results(whole / "runs")
+    saved = {file: file.read_bytes() for file in (cut / "results").rglob("*.*")}
+    shutil.rmtree(cut / "runs")
     third = start(cut)
     assert third.wait() == 0  # nothing is left, nothing changes
-    assert results(cut / "runs") == results(whole / "runs")
+    assert not (cut / "runs").exists()
+    assert {file: file.read_bytes() for file in (cut / "results").rglob("*.*")} == saved
     reports = []
     for folder in (whole, cut):
         report.main([str(folder / "results" / "tiny"), "--out", str(folder / "report")])

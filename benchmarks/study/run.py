@@ -9,13 +9,15 @@ anew. ``log.txt`` is what it printed. A run that was cut off starts again, so th
 was not, bit for bit: after a resume environments start anew. A run that fails is named at the end, and is tried again
 next time.
 
-At the end the runs that are whole, of this time and before, are saved as small files in ``<results>/<part>``, each with
-its arm as label: ``python -m benchmarl_trust.report <results>/<part>`` makes tables and pictures of them.
+A run that is whole is saved at once as a small file in ``<results>/<part>``, with its arm as label:
+``python -m benchmarl_trust.report <results>/<part>`` makes tables and pictures of them. What is saved there with the
+plan's settings is not run again, on any machine.
 """
 
 import argparse
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +29,7 @@ from typing import NamedTuple
 import yaml
 from tqdm import tqdm
 
-from benchmarl_trust.report.compact import save
+from benchmarl_trust.report.compact import load, save
 from benchmarl_trust.report.runs import find_runs
 
 PLAN = Path(__file__).with_name("plan.yaml")
@@ -44,7 +46,8 @@ class Run(NamedTuple):
 
     def folder(self, out: Path) -> Path:
         """Where its files are."""
-        return out / self.part / self.task.replace("/", "_") / self.arm.replace(" ", "_") / f"seed{self.seed}"
+        names = (re.sub(r"[^A-Za-z0-9.+]+", "_", name) for name in (self.part, self.task, self.arm))
+        return out.joinpath(*names, f"seed{self.seed}")
 
 
 def planned(plan: dict) -> list[Run]:
@@ -58,8 +61,15 @@ def planned(plan: dict) -> list[Run]:
         arms = dict(_arms(plan, part))
         common = (*plan["settings"], *part.get("settings", ()))
         for task, seed, arm in itertools.product(part["tasks"], part["seeds"], arms):
-            runs.append(Run(name, task, arm, seed, (*common, *arms[arm], f"task={task}", f"seed={seed}")))
+            settings = (*common, *arms[arm], *_of_task(task), f"seed={seed}")
+            runs.append(Run(name, task, arm, seed, settings))
     return runs
+
+
+def _of_task(name: str) -> list[str]:
+    """The settings that the task's name says, in the way of the report: ``vmas/balance, n_agents=8``."""
+    task, *keys = name.split(", ")
+    return [f"task={task}", *(f"task.{key}" for key in keys)]
 
 
 def _arms(plan: dict, part: dict) -> Iterator[tuple[str, list[str]]]:
@@ -97,17 +107,20 @@ def is_whole(run: Run, out: Path) -> bool:
     return file.exists() and file.read_text() == "\n".join(run.settings)
 
 
-def save_results(runs: list[Run], out: Path, results: Path) -> None:
-    """Save the runs that are whole, part by part."""
-    parts: dict[str, list] = {}
-    for run in runs:
-        if not is_whole(run, out):
-            continue
-        (found,) = find_runs(run.folder(out), "return", [])
-        found.label = run.arm
-        parts.setdefault(run.part, []).append(found)
-    for part, found in parts.items():
-        save(found, results / part)
+def saved(results: Path) -> set[Run]:
+    """The runs that are saved, with the settings that they were made with."""
+    return {
+        Run(folder.parent.name, run.task, run.label, run.seed, tuple(run.overrides))
+        for folder in results.glob("*/runs.json")
+        for run in load(folder.parent)
+    }
+
+
+def save_result(run: Run, out: Path, results: Path) -> None:
+    """Save a run that is whole."""
+    (found,) = find_runs(run.folder(out), "return", [])
+    found.task, found.label = run.task, run.arm
+    save([found], results / run.part)
 
 
 def main() -> None:
@@ -128,7 +141,12 @@ def main() -> None:
         if wanted is not None and not known.issuperset(wanted):
             parser.error(f"--{name}: the plan has {', '.join(sorted(known))}")
         runs = [run for run in runs if wanted is None or getattr(run, name[:-1]) in wanted]
-    missing = [run for run in runs if not is_whole(run, arguments.out)]
+    there = saved(arguments.results)
+    unsaved = [run for run in runs if run not in there]
+    for run in unsaved:
+        if is_whole(run, arguments.out):  # the study was stopped before it was saved
+            save_result(run, arguments.out, arguments.results)
+    missing = [run for run in unsaved if not is_whole(run, arguments.out)]
     failed = []
     with (
         ThreadPoolExecutor(arguments.jobs) as pool,
@@ -140,12 +158,13 @@ def main() -> None:
                 run = futures[future]
                 bar.set_postfix_str(f"{run.part} {run.task} {run.arm} seed {run.seed}")
                 bar.update()
-                if not future.result():
+                if future.result():
+                    save_result(run, arguments.out, arguments.results)
+                else:
                     failed.append(run.folder(arguments.out))
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)  # else those that wait would be started
             raise
-    save_results(runs, arguments.out, arguments.results)
     if failed:
         sys.exit("These runs failed, see log.txt in their folders:\n" + "\n".join(map(str, failed)))
 
