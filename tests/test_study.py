@@ -12,12 +12,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from benchmarl.hydra_config import load_algorithm_config_from_hydra, load_experiment_config_from_hydra
 from hydra import compose, initialize_config_module
 
+from benchmarl_trust.environments import TrustGamesTask, differential_reward
 from benchmarl_trust.report import __main__ as report
-from benchmarl_trust.report import compact, statistics
+from benchmarl_trust.report import aggregates, compact, statistics
 from benchmarl_trust.report.runs import Run as SavedRun
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +40,7 @@ arms:
   mars: [algorithm=mars]
   happo: [algorithm=happo]
 parts:
-  tiny: {arms: all, tasks: [trust_games/differential], seeds: [0]}
+  tiny: {arms: all, tasks: [trust_games/differential], seeds: [0], metrics: [train_agents_policy_entropy]}
 """
 
 
@@ -61,10 +63,11 @@ def test_each_arm_tries_three_radii_and_its_default_is_one():
             assert algorithm[key.removeprefix("algorithm.")] in values
 
 
-def test_seeds_of_screen_and_tuning_are_not_used_again():
-    seeds = {name: set(part["seeds"]) for name, part in PLAN["parts"].items()}
-    assert not seeds["screen"] & seeds["tuning"]
-    assert not (seeds.pop("screen") | seeds.pop("tuning")) & set.union(*seeds.values())
+def test_seeds_on_which_something_is_chosen_are_not_used_again():
+    seeds = {name: part["seeds"] for name, part in PLAN["parts"].items()}
+    chosen_on = [seed for name in ("screen", "tuning", "matching") for seed in seeds.pop(name)]
+    assert len(chosen_on) == len(set(chosen_on)) == 3
+    assert not set(chosen_on) & {seed for own in seeds.values() for seed in own}
 
 
 def test_an_arm_that_is_not_there_is_named():
@@ -117,6 +120,15 @@ def test_a_tasks_settings_are_in_its_name():
     assert run.folder(Path("out")) == Path("out/p/vmas_balance_n_agents_8/a/seed3")
 
 
+def test_arms_of_single_parts_and_metrics_to_save():
+    plan = {"settings": [], "arms": {"a": ["a=1"]}, "further_arms": {"b": ["b=1"]}}
+    plan["parts"] = {"p": {"arms": "all", "tasks": ["t"], "seeds": [0]}}
+    plan["parts"]["q"] = {"radius": {"b": {"r": [2]}}, "tasks": ["t"], "seeds": [0], "metrics": ["kl"]}
+    first, second = study.planned(plan)
+    assert (first.arm, first.settings, first.metrics) == ("a", ("a=1", "task=t", "seed=0"), ())
+    assert (second.arm, second.settings, second.metrics) == ("b 2", ("b=1", "r=2", "task=t", "seed=0"), ("kl",))
+
+
 def test_what_is_saved_is_not_run_again(tmp_path, monkeypatch):
     """On a machine that has the repository alone; a run whose settings the plan has changed is run."""
     plan = {"settings": ["s=1"], "arms": {"a": ["a=1"], "b": ["b=1"]}}
@@ -135,6 +147,43 @@ def test_what_is_saved_is_not_run_again(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="These runs failed"):
         study.main()
     assert [(run.arm, run.seed) for run in started] == [("b", 0), ("b", 1)]
+
+
+# Which tasks are taken
+
+
+@pytest.fixture
+def bounds(monkeypatch):
+    monkeypatch.syspath_prepend(str(FILE.parent))
+    return importlib.import_module("bounds")
+
+
+def test_the_return_of_random_actions(bounds):
+    game = TrustGamesTask.DIFFERENTIAL.get_from_yaml().config
+    steps = torch.linspace(-game["action_range"], game["action_range"], 401, dtype=torch.float64)
+    actions = torch.cartesian_prod(steps, steps) + torch.tensor(game["start"], dtype=torch.float64)
+    mean = differential_reward(actions.clamp(game["low"], game["high"])).mean()
+    assert bounds.random_return("trust_games/differential", 20_000) == pytest.approx(float(mean), abs=0.01)
+
+
+def test_a_task_is_taken_where_mappo_has_come_half_of_the_way(bounds, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bounds, "random_return", lambda name: -2.0)
+    curve = {80_000: -9, 160_000: 2, 200_000: 3, 240_000: 4, 640_000: 7, 680_000: 8, 720_000: 9}
+    curves = {"rises": curve, "late": curve | {240_000: 3.9}, "falls": dict.fromkeys(curve, -2.5)}
+    for name, curve in curves.items():
+        returns = {at: float(value) for at, value in curve.items()}
+        run = SavedRun(f"vmas/{name}", "mappo", 100, [], {"return": returns}, frames=720_000, label="mappo")
+        compact.save([run], tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bounds.py", "--screen", str(tmp_path), "--out", str(tmp_path)])
+    bounds.main()
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert rows == [
+        "| `vmas/falls` | -2.00 | -2.50 | -2.50 | 1.00 | no |",
+        "| `vmas/late` | -2.00 | 2.97 | 8.00 | 0.50 | no |",
+        "| `vmas/rises` | -2.00 | 3.00 | 8.00 | 0.50 | yes |",
+    ]
+    (name, entry), *others = aggregates.read_bounds([tmp_path / "bounds.json"], "return").items()
+    assert (name, entry["low"], entry["high"], others) == ("vmas/rises", -2.0, 8.0, [])
 
 
 @pytest.mark.slow
@@ -205,6 +254,8 @@ def test_a_runner_that_is_killed_goes_on_to_the_same_results(tmp_path):
         report.main([str(folder / "results" / "tiny"), "--out", str(folder / "report")])
         reports.append(timeless(folder / "report" / "report.csv"))
     assert reports[0] == reports[1]
+    entropy = {run.label: run.curves["train_agents_policy_entropy"] for run in compact.load(whole / "results" / "tiny")}
+    assert len(entropy["happo"]) == 10
     assert [row[:4] for row in reports[0][1:]] == [
         ["trust_games/differential", arm, arm, "0"] for arm in ("happo", "mars")
     ]

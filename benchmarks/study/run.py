@@ -36,13 +36,14 @@ PLAN = Path(__file__).with_name("plan.yaml")
 
 
 class Run(NamedTuple):
-    """One training."""
+    """One training; the metrics are saved beside what the report needs."""
 
     part: str
     task: str
     arm: str
     seed: int
     settings: tuple[str, ...]
+    metrics: tuple[str, ...] = ()
 
     def folder(self, out: Path) -> Path:
         """Where its files are."""
@@ -62,7 +63,7 @@ def planned(plan: dict) -> list[Run]:
         common = (*plan["settings"], *part.get("settings", ()))
         for task, seed, arm in itertools.product(part["tasks"], part["seeds"], arms):
             settings = (*common, *arms[arm], *_of_task(task), f"seed={seed}")
-            runs.append(Run(name, task, arm, seed, settings))
+            runs.append(Run(name, task, arm, seed, settings, tuple(part.get("metrics", ()))))
     return runs
 
 
@@ -75,16 +76,16 @@ def _of_task(name: str) -> list[str]:
 def _arms(plan: dict, part: dict) -> Iterator[tuple[str, list[str]]]:
     """The part's arms and their settings; with ``radius`` an arm for each value."""
     radius = part.get("radius")
-    names = radius or (plan["arms"] if part["arms"] == "all" else part["arms"])
-    for name in names:
-        if name not in plan["arms"]:
-            raise ValueError(f"There is no arm {name} in the plan: {', '.join(plan['arms'])}.")
+    known = {**plan["arms"], **plan.get("further_arms", {})}
+    for name in radius or (plan["arms"] if part["arms"] == "all" else part["arms"]):
+        if name not in known:
+            raise ValueError(f"There is no arm {name} in the plan: {', '.join(known)}.")
         if radius is None:
-            yield name, plan["arms"][name]
+            yield name, known[name]
             continue
         for key, values in radius[name].items():
             for value in values:
-                yield f"{name} {value:g}", [*plan["arms"][name], f"{key}={value}"]
+                yield f"{name} {value:g}", [*known[name], f"{key}={value}"]
 
 
 def train(run: Run, out: Path) -> bool:
@@ -107,18 +108,21 @@ def is_whole(run: Run, out: Path) -> bool:
     return file.exists() and file.read_text() == "\n".join(run.settings)
 
 
-def saved(results: Path) -> set[Run]:
-    """The runs that are saved, with the settings that they were made with."""
+def saved(results: Path) -> set[tuple]:
+    """Part, task, arm, seed and settings of the runs that are saved."""
     return {
-        Run(folder.parent.name, run.task, run.label, run.seed, tuple(run.overrides))
-        for folder in results.glob("*/runs.json")
-        for run in load(folder.parent)
+        (file.parent.name, run.task, run.label, run.seed, tuple(run.overrides))
+        for file in results.glob("*/runs.json")
+        for run in load(file.parent)
     }
 
 
 def save_result(run: Run, out: Path, results: Path) -> None:
     """Save a run that is whole."""
     (found,) = find_runs(run.folder(out), "return", [])
+    for metric in run.metrics:
+        (other,) = find_runs(run.folder(out), metric, [])
+        found.curves[metric] = other.curves[metric]
     found.task, found.label = run.task, run.arm
     save([found], results / run.part)
 
@@ -142,7 +146,7 @@ def main() -> None:
             parser.error(f"--{name}: the plan has {', '.join(sorted(known))}")
         runs = [run for run in runs if wanted is None or getattr(run, name[:-1]) in wanted]
     there = saved(arguments.results)
-    unsaved = [run for run in runs if run not in there]
+    unsaved = [run for run in runs if run[:5] not in there]
     for run in unsaved:
         if is_whole(run, arguments.out):  # the study was stopped before it was saved
             save_result(run, arguments.out, arguments.results)
