@@ -33,6 +33,8 @@ from benchmarl_trust.report.compact import load, save
 from benchmarl_trust.report.runs import find_runs
 
 PLAN = Path(__file__).with_name("plan.yaml")
+#: By what runs may be chosen.
+CHOICES = ("parts", "tasks", "arms", "seeds")
 
 
 class Run(NamedTuple):
@@ -136,14 +138,15 @@ def main() -> None:
     parser.add_argument(
         "--results", type=Path, default=Path("docs/results"), metavar="FOLDER", help="folder of the saved results"
     )
-    for name in ("parts", "tasks", "arms"):
-        parser.add_argument(f"--{name}", nargs="+", metavar=name[:-1].upper(), help=f"these {name} of the plan alone")
+    for name in CHOICES:
+        kind = int if name == "seeds" else str
+        parser.add_argument(f"--{name}", nargs="+", type=kind, metavar=name[:-1].upper(), help=f"these {name} alone")
     arguments = parser.parse_args()
     runs = planned(yaml.safe_load(arguments.plan.read_text()))
-    for name in ("parts", "tasks", "arms"):
+    for name in CHOICES:
         wanted, known = getattr(arguments, name), {getattr(run, name[:-1]) for run in runs}
         if wanted is not None and not known.issuperset(wanted):
-            parser.error(f"--{name}: the plan has {', '.join(sorted(known))}")
+            parser.error(f"--{name}: the plan has {', '.join(map(str, sorted(known)))}")
         runs = [run for run in runs if wanted is None or getattr(run, name[:-1]) in wanted]
     there = saved(arguments.results)
     unsaved = [run for run in runs if run[:5] not in there]
