@@ -137,10 +137,7 @@ def draw_gains() -> tuple[Figure, str]:
 
 
 def draw_advantage_variance() -> tuple[Figure, str]:
-    """The advantage variance at the last position over N, geometric mean and, where seeds are kept, 95 % interval.
-
-    A row is a seed's. Rows with the seeds "0 1 2" hold the mean over them: then there is no interval to draw.
-    """
+    """The advantage variance at the last position over N, geometric mean over seeds and 95 % interval."""
     rows = read("advantage_variance.csv")
     agents = sorted({int(row["n_agents"]) for row in rows})
     seeds = sorted({row["seed"] for row in rows})
@@ -151,10 +148,6 @@ def draw_advantage_variance() -> tuple[Figure, str]:
         own = [(int(row["n_agents"]), float(row["ratio_last"])) for row in rows if row["algorithm"] == name]
         logs = np.log([[ratio for count, ratio in own if count == n] for n in agents])  # [numbers of agents, seeds]
         center = np.exp(logs.mean(1))
-        if len(seeds) == 1:
-            ax.plot(agents, center, style, color=color, label=name)
-            said[name] = ", ".join(f"{c:.3g} at N = {n}" for n, c in zip(agents, center, strict=True))
-            continue
         factor = np.exp(student_t.ppf(0.975, len(seeds) - 1) * logs.std(1, ddof=1) / math.sqrt(len(seeds)))
         low, high, x = center / factor, center * factor, shift * np.array(agents)
         ax.errorbar(x, center, (center - low, high - center), fmt=style, color=color, capsize=3, label=name)
@@ -167,8 +160,6 @@ def draw_advantage_variance() -> tuple[Figure, str]:
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.legend(loc="upper left")
     mean = f"geometric mean and 95 % interval over seeds {' '.join(seeds)}"
-    if len(seeds) == 1:
-        mean = f"geometric mean over seeds {seeds[0]}, whose spread was not kept"
     ax.set_title(f"Variance of the last agent's weighted advantages on vmas/dispersion:\n{mean}")
     alt = (
         "The variance of the weighted advantages over that of the advantages at the last position of the order on "
