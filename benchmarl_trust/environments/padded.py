@@ -67,7 +67,7 @@ class PaddedEnv(EnvBase):
         return self._pack(observations, terminated=False, truncated=False)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
-        rows = tensordict[GROUP, "action"].cpu().numpy()
+        rows = tensordict[GROUP, "action"].detach().cpu().numpy()
         actions = {name: row[:size] for name, row, size in zip(self._names, rows, self._sizes, strict=True)}
         observations, rewards, terminated, truncated, _ = self._suite.step(actions)
         reward = torch.tensor([[rewards[name]] for name in self._names], dtype=torch.float32)
