@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from benchmarl.environments import TaskClass
@@ -45,9 +45,9 @@ PARTITIONS = {
 _MANY_SEGMENTS = {"ManySegmentAnt": "Ant", "ManySegmentSwimmer": "Swimmer"}
 _NO_EXTRA = 'MaMuJoCo is not installed. Run pip install "benchmarl_trust[mamujoco]".'
 _NO_OPENGL = (
-    "MuJoCo cannot render: it found neither a display nor OpenGL without one. Install EGL (on Debian and Ubuntu apt-get "
-    "install libegl1 libgl1) or OSMesa (libosmesa6) and set the environment variable MUJOCO_GL to egl or osmesa, or run "
-    "with experiment.render=False."
+    "MuJoCo cannot render: it found neither a display nor OpenGL without one. Install EGL (on Debian and Ubuntu "
+    "apt-get install libegl1 libgl1) or OSMesa (libosmesa6) and set the environment variable MUJOCO_GL to egl or "
+    "osmesa, or run with experiment.render=False."
 )
 
 
@@ -98,14 +98,12 @@ class MamujocoEnv(PaddedEnv):
         if sys.platform == "linux" and not os.environ.get("DISPLAY"):
             os.environ.setdefault("MUJOCO_GL", "egl")  # what MuJoCo looks at when it renders first
         try:
-            return self._suite.render()
+            return cast(np.ndarray, self._suite.render())
         except Exception as error:  # what OpenGL's backends raise is of many kinds
             raise RuntimeError(_NO_OPENGL) from error
 
 
-def _check(
-    scenario: str, conf: str | None, factorization: list[list[str]] | None, obsk: int, max_steps: int
-) -> None:
+def _check(scenario: str, conf: str | None, factorization: list[list[str]] | None, obsk: int, max_steps: int) -> None:
     if scenario not in PARTITIONS:
         raise ValueError(f"task.scenario={scenario} must be one of {', '.join(PARTITIONS)}.")
     for key, value, least in (("agent_obsk", obsk, 0), ("max_steps", max_steps, 1)):
@@ -251,7 +249,7 @@ class MamujocoClass(TaskClass):
 
         The algorithms of this package ask a task for this where it has the method.
         """
-        return {GROUP: env.executed}
+        return {GROUP: cast(Tensor, env.executed)}
 
     def observation_spec(self, env: EnvBase) -> Composite:
         """Observation [N, O] of the group."""

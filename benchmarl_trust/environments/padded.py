@@ -3,7 +3,7 @@
 Shapes: N agents, O and D the lengths of the longest observation and action, S that of the state.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
 
 if TYPE_CHECKING:
+    from gymnasium.spaces import Box
     from pettingzoo import ParallelEnv
 
 #: The group of all agents.
@@ -40,9 +41,9 @@ class PaddedEnv(EnvBase):
         super().__init__(device=device, batch_size=torch.Size(()))
         self._suite, self._seed = env, seed
         self._names = list(env.possible_agents)
-        boxes = [env.action_space(name) for name in self._names]
-        self._sizes = [box.shape[0] for box in boxes]
-        self._lengths = [env.observation_space(name).shape[0] for name in self._names]
+        boxes = [cast("Box", env.action_space(name)) for name in self._names]
+        self._sizes = [len(box.low) for box in boxes]
+        self._lengths = [len(cast("Box", env.observation_space(name)).low) for name in self._names]
         n_agents, longest = len(self._names), max(self._sizes)
         self.register_buffer("executed", torch.arange(longest) < torch.tensor(self._sizes)[:, None])
 
@@ -50,11 +51,11 @@ class PaddedEnv(EnvBase):
             torch.tensor(np.stack([np.pad(bound, (0, longest - len(bound)), mode="edge") for bound in bounds]))
             for bounds in ([box.low for box in boxes], [box.high for box in boxes])
         )
-        observation = Unbounded((n_agents, max(self._lengths)))
+        shape = torch.Size((n_agents, max(self._lengths)))
         self.action_spec = self._of_agents(action=Bounded(low, high, low.shape, dtype=torch.float32))
-        self.reward_spec = self._of_agents(reward=Unbounded((n_agents, 1)))
-        self.observation_spec = self._of_agents(observation=observation)
-        self.observation_spec["state"] = Unbounded(np.shape(env.state()), device=self.device)
+        self.reward_spec = self._of_agents(reward=Unbounded(torch.Size((n_agents, 1))))
+        self.observation_spec = self._of_agents(observation=Unbounded(shape))
+        self.observation_spec["state"] = Unbounded(torch.Size(np.shape(env.state())), device=self.device)
         flags = {name: Binary(1, torch.Size((1,)), dtype=torch.bool) for name in ("done", "terminated", "truncated")}
         self.done_spec = Composite(flags).to(device)
 
@@ -81,7 +82,7 @@ class PaddedEnv(EnvBase):
         agents = {"observation": torch.from_numpy(observation), **more}
         flags = torch.tensor([[terminated or truncated], [terminated], [truncated]])
         packed = {
-            GROUP: TensorDict(agents, batch_size=(len(self._names),)),
+            GROUP: TensorDict(agents, batch_size=(len(self._names),), device=self.device),
             "state": torch.from_numpy(self._suite.state().astype(np.float32)),
             **dict(zip(("done", "terminated", "truncated"), flags, strict=True)),
         }
