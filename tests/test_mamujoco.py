@@ -14,7 +14,7 @@ from conftest import scalars
 from hydra import compose, initialize_config_module
 from hydra.errors import ConfigCompositionException
 from tensordict.nn.distributions import NormalParamExtractor
-from torchrl.envs import SerialEnv
+from torchrl.envs import Compose, SerialEnv, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
 from benchmarl_trust import ALGORITHMS
@@ -468,6 +468,14 @@ def test_render():
         env.close()
     assert (picture.shape, picture.dtype) == ((480, 480, 3), np.uint8)
     assert picture.std() > 10
+
+
+def test_closing_closes_the_library(monkeypatch):
+    """Else MuJoCo's OpenGL is freed when Python ends, with complaints."""
+    env, closed = TransformedEnv(make(MamujocoTask.HOPPER_3X1), Compose()), []
+    monkeypatch.setattr(type(env.base_env._suite), "close", lambda suite: closed.append(suite))
+    env.close()
+    assert closed == [env.base_env._suite]
 
 
 def test_without_opengl_the_cure_is_named(monkeypatch):

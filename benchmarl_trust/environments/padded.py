@@ -94,6 +94,5 @@ class PaddedEnv(EnvBase):
 
     def close(self, *, raise_if_closed: bool = True) -> None:
         """Close the environment within too, and with it what it renders with."""
-        if not self.is_closed:
-            self._suite.close()
+        self._suite.close()
         super().close(raise_if_closed=raise_if_closed)
