@@ -258,12 +258,18 @@ def test_padded_entries_change_no_ratio_and_no_kl(name, share, make_experiment):
     assert kl[executed].max() > 0
 
 
-@pytest.mark.parametrize("name", ["happo", "hatrpo"])
-def test_padded_agents_run_one_by_one(name, make_experiment):
-    algorithm = make_experiment(ALGORITHMS[name].get_from_yaml(), task=humanoid()).algorithm
+@pytest.mark.parametrize("share", [False, True], ids=["separate", "shared"])
+@pytest.mark.filterwarnings("ignore:.*share policy parameters")
+def test_padded_agents_run_one_by_one(share, make_experiment):
+    happo = ALGORITHMS["happo"].get_from_yaml()
+    algorithm = make_experiment(happo, task=humanoid(), share_policy_params=share).algorithm
     policy = algorithm._policies["agents"]
     assert policy.fast
-    assert not policy.shared
+    assert policy.shared == share
+    first, second = (agent.parameters for agent in policy.agents)
+    assert [p is q for p, q in zip(first, second, strict=True)] == [share] * len(first)
+    for agent in policy.agents:
+        assert {id(p) for p in agent.body.parameters()} == {id(p) for p in agent.parameters}
     (whole,) = [module for module in policy.body.modules() if isinstance(module, PaddedNormal)]
     for i, agent in enumerate(policy.agents):
         (own,) = [module for module in agent.body.modules() if isinstance(module, PaddedNormal)]

@@ -176,9 +176,14 @@ class GroupPolicy:
                     return None
                 leaf.data = memory
                 leaf.requires_grad_(p.requires_grad)
+            _unwrap(body)
+        if self.shared and _paddings(prototype):  # bodies of their own, on one and the same parameters
+            one = {id(p): p for p in prototype.parameters()}
+            bodies = [copy.deepcopy(prototype, {**one}) for _ in bodies]
+            leaves = [list(prototype.parameters()) for _ in bodies]
+        for i, body in enumerate(bodies):
             for mine, whole in zip(_paddings(body), _paddings(self.body), strict=True):
                 mine.executed = whole.executed[i]
-            _unwrap(body)
         leaves = [[leaf for leaf in mine if leaf.requires_grad] for mine in leaves]
         return [AgentPolicy(body, 0, i, 1, self.head, leaves[i]) for i, body in enumerate(bodies)]
 
