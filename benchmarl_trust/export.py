@@ -198,7 +198,8 @@ def _policies(experiment: Experiment, group: str, agent: int | None) -> Iterator
     inputs = _example(experiment, entries, len(view.agents))
     expected = _expected(policy, entries, inputs)
     bounds = _bounds(experiment, group)
-    together = view.shared and agent is None and all(own == bounds[0] for own in bounds)
+    one_body = all(own.body is view.agents[0].body for own in view.agents)
+    together = view.shared and one_body and agent is None and all(own == bounds[0] for own in bounds)
     names = experiment.group_map[group]
     for i in [0] if together else range(len(names)) if agent is None else [agent]:
         module = OneAgent(view.agents[i].body, view.head, entries, i).eval()

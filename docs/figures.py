@@ -2,6 +2,7 @@
 
     python docs/figures.py              # make figures: draws what needs no training, in seconds
     python docs/figures.py --animate    # make animations: trains HATRPO on two tasks, then draws an episode of each
+    python docs/figures.py --portray    # pictures of robots, which need the extra mamujoco and OpenGL
     python docs/figures.py --measure    # measures again what the drawings show, a quarter of an hour on one core
 
 Drawings are SVG; their data is in ``docs/results``, each file with the command that made it in ``MEASUREMENTS``. Their
@@ -35,7 +36,7 @@ import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
-from PIL import Image
+from PIL import Image, ImageDraw
 from scipy.stats import t as student_t
 
 from benchmarl_trust.environments.trust_games import differential_reward
@@ -85,6 +86,15 @@ ANIMATIONS = {
     "without letting it fall; in the 100 steps of an episode they do not get there",
     "navigation": "Three agents, discs with the rays by which they sense each other, drive to goals of their colours",
 }
+
+#: Tasks whose robots are shown.
+PORTRAITS = ["halfcheetah_2x3", "halfcheetah_6x1", "coupledhalfcheetah", "hopper_3x1", "ant_4x2", "humanoid_9_8"]
+PORTRAITS_ALT = (
+    "Six robots with the limbs that each agent moves in a colour of its own: HalfCheetah with two agents, one for each "
+    "leg, and with six, one for each joint, for whom four colours are used in turn; two HalfCheetahs that a tendon "
+    "couples; Hopper with three agents; Ant with four, one for each leg; Humanoid with two, one for the upper body and "
+    "one for the legs."
+)
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -322,6 +332,28 @@ def describe_animations() -> dict[str, str]:
     }
 
 
+def portray(out: Path, size: int = 220) -> None:
+    """The robots of MaMuJoCo, each limb in the colour of the agent that moves its joint."""
+    from benchmarl_trust.environments import MamujocoEnv, MamujocoTask
+
+    sheet = Image.new("RGB", (3 * size, 2 * size), "white")
+    colors = [[int(color[k : k + 2], 16) / 255 for k in (1, 3, 5)] for color in (BLUE, YELLOW, RED, BLACK)]
+    for k, name in enumerate(PORTRAITS):
+        env = MamujocoEnv(**MamujocoTask[name.upper()].get_from_yaml().config, seed=0)
+        env.reset()
+        model = env._suite.single_agent_env.unwrapped.model
+        model.geom_matid[model.geom_bodyid > 0] = -1  # colours in place of materials, but for the floor
+        model.geom_rgba[model.geom_bodyid > 0, :3] = 0.8
+        for i, part in enumerate(env._suite.agent_action_partitions):
+            bodies = [model.jnt_bodyid[model.actuator_trnid[joint.act_ids, 0]] for joint in part]
+            model.geom_rgba[np.isin(model.geom_bodyid, bodies), :3] = colors[i % len(colors)]
+        picture = Image.fromarray(env.render()).resize((size, size))
+        env.close()
+        ImageDraw.Draw(picture).text((6, 6), name, fill="black", stroke_width=2, stroke_fill="white")
+        sheet.paste(picture, (k % 3 * size, k // 3 * size))
+    sheet.quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(out / "mamujoco.png", optimize=True)
+
+
 def measure() -> None:
     """Run the examples that measure what is drawn, and keep the files that are drawn."""
     for command, (made, kept) in MEASUREMENTS.items():
@@ -335,18 +367,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures", help="folder of the pictures")
     parser.add_argument("--measure", action="store_true", help="measure again what the drawings show")
     parser.add_argument("--animate", action="store_true", help="train, and make the animations")
+    parser.add_argument("--portray", action="store_true", help="make the pictures of robots")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.measure:
         measure()
     if args.animate:
         animate(args.out)
+    if args.portray:
+        portray(args.out)
     file = args.out / "alt.yaml"
     others = yaml.safe_load(file.read_text()) if file.exists() else {}
     drawn, animated = draw(args.out), describe_animations()
-    alts = others | drawn | animated
+    alts = others | drawn | animated | {"mamujoco.png": PORTRAITS_ALT}
     file.write_text(yaml.safe_dump(alts, width=110, allow_unicode=True))
-    for name in (*drawn, *(animated if args.animate else ())):
+    for name in (*drawn, *(animated if args.animate else ()), *(["mamujoco.png"] if args.portray else ())):
         print(args.out / name)
 
 

@@ -23,8 +23,9 @@ class OwnSeeds(Callback):
     """
 
     def on_setup(self):
-        """TorchRL derives the seed of each copy from the first one's."""
+        """TorchRL derives the seed of each copy from the first one's. The collector began when it was made: anew."""
         self.experiment.collector.env.set_seed(self.experiment.seed)
+        self.experiment.collector.reset()
 
 
 @hydra.main(version_base=None, config_path="pkg://benchmarl.conf", config_name="config")

@@ -160,7 +160,7 @@ def test_overrides_of_a_preset_are_the_command_lines():
     ("preset", "overrides", "message"),
     [
         ("vmas_desktop", {}, "no experiment preset vmas_desktop. Did you mean vmas_laptop.*sequential_papers"),
-        ("x", {}, "no experiment preset x. There are base_experiment, sequential_papers"),
+        ("x", {}, "no experiment preset x. There are base_experiment, .*sequential_papers"),
         (None, {"max_frames": 1}, "no experiment key max_frames. Did you mean max_n_frames"),
         ("vmas_laptop", {"defaults": []}, "no experiment key defaults"),
         ("vmas_laptop", {"lr": "fast"}, "(?s)'fast'.*full_key: lr"),

@@ -273,7 +273,7 @@ def test_copies_with_a_seed_of_their_own_start_differently(own, load, make_exper
     callbacks = [load("parallel_collection").OwnSeeds()] if own else []
     task = PettingZooTask.SIMPLE_SPREAD.get_from_yaml()
     experiment = make_experiment(MarsConfig.get_from_yaml(), task=task, callbacks=callbacks)
-    first = experiment.collector.env.reset()["agent", "observation"]
+    first = next(iter(experiment.collector))["agent", "observation"][:, 0]
     assert len(first.unique(dim=0)) == (len(first) if own else 1)  # without, BenchMARL starts all copies alike
 
 

@@ -9,9 +9,11 @@ import torch
 from benchmarl.algorithms import Mappo, MappoConfig
 from benchmarl.algorithms.common import AlgorithmConfig
 from benchmarl.experiment import ExperimentConfig
+from benchmarl.models.common import ModelConfig
 from benchmarl.utils import _read_yaml_config
 from tensordict import TensorDictBase, TensorDictParams
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictModuleBase
+from tensordict.nn.distributions import NormalParamExtractor
 from torch import Tensor
 from torchrl.data import ReplayBuffer
 from torchrl.envs import Transform
@@ -33,6 +35,7 @@ from benchmarl_trust.algorithms.metrics import each_and_mean, to_host
 from benchmarl_trust.algorithms.schedules import SCHEDULES, Schedule, set_lr
 from benchmarl_trust.losses import SurrogateLoss
 from benchmarl_trust.paths import conf_folder
+from benchmarl_trust.policy import PaddedNormal
 from benchmarl_trust.runtime import FiniteGuard, LatestCheckpoint, ResumeState, check_video, fused
 from benchmarl_trust.value import NormalizedCritic
 
@@ -140,6 +143,29 @@ class TrustRegion(Mappo):
         # inner algorithm would then build a second, untrained critic. Keeping the loss here prevents that.
         self._losses_and_updaters[group] = (loss, None)
         return loss, False
+
+    def executed_actions(self, group: str) -> Tensor | None:
+        """Which entries of its actions each agent executes, boolean [N, D]; None if the task pads none.
+
+        A task that pads actions has a method ``executed_actions(env)``, from the environment to a dictionary of these
+        by group.
+        """
+        of_task = getattr(self.experiment.task, "executed_actions", None)
+        executed = {} if of_task is None else of_task(self.experiment.test_env)
+        executed = executed.get(group)
+        return None if executed is None or executed.all() else executed.to(self.device)
+
+    def _get_policy_for_loss(
+        self, group: str, model_config: ModelConfig, continuous: bool
+    ) -> ProbabilisticTensorDictSequential:
+        """MAPPO's; entries of an action that are padding have a distribution that does not move."""
+        policy = super()._get_policy_for_loss(group, model_config, continuous)
+        executed = self.executed_actions(group)
+        if executed is not None:
+            for module in list(policy.modules()):
+                if isinstance(module, TensorDictModule) and isinstance(module.module, NormalParamExtractor):
+                    module.module = PaddedNormal(module.module, executed)
+        return cast(ProbabilisticTensorDictSequential, policy)
 
     def _get_parameters(self, group: str, loss: LossModule) -> dict[str, list]:
         """MAPPO's, without what is no parameter of the networks: running statistics."""

@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, TensorDictSequential
 from torchrl.data import Composite
 
-from benchmarl_trust.policy import GroupPolicy, fork_rng, normal_extractor
+from benchmarl_trust.policy import GroupPolicy, PaddedNormal, fork_rng, normal_extractor
 
 if TYPE_CHECKING:
     from benchmarl_trust.algorithms.common import TrustRegion
@@ -70,7 +70,9 @@ def _twin_maker(
         )
         if not continuous:
             return TensorDictSequential(twin)
-        extractor = normal_extractor(algorithm.scale_mapping, group)
+        padding = [module.executed for module in policy.modules() if isinstance(module, PaddedNormal)]
+        executed = padding[0][0] if padding else None  # GroupPolicy gives each twin its agent's row
+        extractor = normal_extractor(algorithm.scale_mapping, group, executed)
         # TensorDictSequential annotates each of its modules as a list of them.
         return TensorDictSequential(twin, extractor)  # pyright: ignore[reportArgumentType]
 

@@ -1,5 +1,7 @@
-"""Tasks that the package brings: small cooperative games whose optima are known, ``trust_games/<name>``."""
+"""Tasks that the package brings: small games whose optima are known, and the suites of the papers."""
 
+from benchmarl_trust.environments.mamujoco import MamujocoClass, MamujocoConfig, MamujocoEnv, MamujocoTask
+from benchmarl_trust.environments.padded import PaddedEnv
 from benchmarl_trust.environments.task import PackagedTask
 from benchmarl_trust.environments.trust_games import (
     DifferentialConfig,
@@ -13,15 +15,20 @@ from benchmarl_trust.environments.trust_games import (
 )
 
 # What the package registers; a suite's own packages are imported when an environment of it is built.
-TASKS: tuple[type[PackagedTask], ...] = (TrustGamesTask,)
+TASKS: tuple[type[PackagedTask], ...] = (TrustGamesTask, MamujocoTask)
 
 __all__ = [
     "TASKS",
     "DifferentialConfig",
     "DifferentialGame",
+    "MamujocoClass",
+    "MamujocoConfig",
+    "MamujocoEnv",
+    "MamujocoTask",
     "MatrixConfig",
     "MatrixGame",
     "PackagedTask",
+    "PaddedEnv",
     "TrustGamesClass",
     "TrustGamesTask",
     "differential_reward",

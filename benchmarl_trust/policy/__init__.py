@@ -15,13 +15,14 @@ from benchmarl_trust.policy.agent import (
     surrogate_of,
 )
 from benchmarl_trust.policy.group import GroupPolicy, fork_rng
-from benchmarl_trust.policy.head import Head, head_of, normal_extractor, parameter_keys, policy_features
+from benchmarl_trust.policy.head import Head, PaddedNormal, head_of, normal_extractor, parameter_keys, policy_features
 
 __all__ = [
     "Agent",
     "AgentPolicy",
     "GroupPolicy",
     "Head",
+    "PaddedNormal",
     "StackedPolicy",
     "columns_of",
     "fork_rng",

@@ -25,7 +25,7 @@ from torchrl.data.utils import DEVICE_TYPING
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 
 from benchmarl_trust.policy.agent import Agent, AgentPolicy, StackedPolicy
-from benchmarl_trust.policy.head import head_of
+from benchmarl_trust.policy.head import PaddedNormal, head_of
 
 
 class GroupPolicy:
@@ -177,6 +177,13 @@ class GroupPolicy:
                 leaf.data = memory
                 leaf.requires_grad_(p.requires_grad)
             _unwrap(body)
+        if self.shared and _paddings(prototype):  # bodies of their own, on one and the same parameters
+            one = {id(p): p for p in prototype.parameters()}
+            bodies = [copy.deepcopy(prototype, {**one}) for _ in bodies]
+            leaves = [list(prototype.parameters()) for _ in bodies]
+        for i, body in enumerate(bodies):
+            for mine, whole in zip(_paddings(body), _paddings(self.body), strict=True):
+                mine.executed = whole.executed[i]
         leaves = [[leaf for leaf in mine if leaf.requires_grad] for mine in leaves]
         return [AgentPolicy(body, 0, i, 1, self.head, leaves[i]) for i, body in enumerate(bodies)]
 
@@ -201,6 +208,10 @@ def _unwrap(module: nn.Module) -> None:
             setattr(module, name, child.get_stateful_net())
         else:
             _unwrap(child)
+
+
+def _paddings(module: nn.Module) -> list[PaddedNormal]:
+    return [child for child in module.modules() if isinstance(child, PaddedNormal)]
 
 
 def _within_sequence(name: str) -> str:

@@ -13,7 +13,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule
 from tensordict.nn.distributions import NormalParamExtractor
 from tensordict.utils import NestedKey
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Categorical, Transform
 from torchrl.modules import IndependentNormal, MaskedCategorical, TanhNormal
 
@@ -158,19 +158,54 @@ def head_of(module: ProbabilisticTensorDictModule) -> Head:
         ) from None
 
 
-def normal_extractor(scale_mapping: str, group: str) -> TensorDictModule:
+class PaddedNormal(nn.Module):
+    """Means and standard deviations, with 0 and 1 for entries of an action that no agent executes.
+
+    There the policy is a standard normal whatever its network says: in the ratio and in KL(old ‖ new) these entries
+    cancel, and they have no gradient.
+
+    Args:
+        extractor (nn.Module): makes the means and standard deviations, each [*, N, D].
+        executed (Tensor): boolean, [N, D]; of a policy of one agent [D].
+
+    Examples:
+        >>> executed = torch.tensor([[True, True], [True, False]])
+        >>> loc, scale = PaddedNormal(NormalParamExtractor("exp"), executed)(torch.full((2, 4), 2.0))
+        >>> loc
+        tensor([[2., 2.],
+                [2., 0.]])
+    """
+
+    executed: Tensor
+
+    def __init__(self, extractor: nn.Module, executed: Tensor):
+        super().__init__()
+        self.extractor = extractor
+        self.register_buffer("executed", executed)
+
+    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """From [*, N, 2 D]."""
+        loc, scale = self.extractor(logits)
+        return torch.where(self.executed, loc, 0.0), torch.where(self.executed, scale, 1.0)
+
+
+def normal_extractor(scale_mapping: str, group: str, executed: Tensor | None = None) -> TensorDictModule:
     """The module that makes means and standard deviations of a network's outputs, as BenchMARL's MAPPO has it.
 
     Args:
         scale_mapping (str): how outputs become standard deviations, see TorchRL's ``NormalParamExtractor``.
         group (str): the group whose ``logits`` it reads and whose ``loc`` and ``scale`` it writes.
+        executed (Tensor, optional): where actions are padded, see :class:`PaddedNormal`.
 
     Examples:
         >>> normal_extractor("exp", "agents").out_keys
         [('agents', 'loc'), ('agents', 'scale')]
     """
     keys: list[NestedKey] = [(group, "loc"), (group, "scale")]
-    return TensorDictModule(NormalParamExtractor(scale_mapping=scale_mapping), [(group, "logits")], keys)
+    extractor = NormalParamExtractor(scale_mapping=scale_mapping)
+    if executed is not None:
+        extractor = PaddedNormal(extractor, executed)
+    return TensorDictModule(extractor, [(group, "logits")], keys)
 
 
 def parameter_keys(head: ProbabilisticTensorDictModule) -> dict[str, NestedKey]:
