@@ -3,15 +3,16 @@
 B is the number of environments, N of allied units, which are the agents. JAX is imported when an environment is made.
 """
 
-import contextlib
 import copy
-import io
 import math
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from unittest.mock import patch
 
 import torch
 from benchmarl.environments import TaskClass
@@ -51,10 +52,10 @@ SWITCHES = ("enemy_shoots", "see_enemy_actions", "walls_cause_death", "mask_dead
 class _Battle(NamedTuple):
     """JaxMARL's environment of one battle, and programs of XLA's for a batch of them.
 
-    blank: B -> state and view before the first reset. reset: key, state, view, chosen [B] -> key, state, view.
-    step: key, state, action [B, N] -> key, state, view. A view is what is observed of a state, in two arrays, since
-    handing one over takes as long as a hundredth of a step: numbers, [B, N O + S + 1], observations, world state and
-    reward; flags, [B, N A + N + 4], allowed actions, who is alive, done, terminated, truncated and won.
+    blank: B -> a state of zeros. reset: key, state, chosen [B] -> key, state, view. step: key, state, action [B, N] ->
+    key, state, view. A view is what is seen of a state, in two arrays, since handing an array over takes time: numbers,
+    [B, N O + S + 1], observations, world state and reward; flags, [B, N A + N + 4], allowed actions, who is alive,
+    done, terminated, truncated and won.
     """
 
     env: Any
@@ -73,8 +74,8 @@ class Smax(EnvBase):
     h and h' are the M enemies' health before and after the step, b the bonus of a battle won: all enemies are dead, and
     an ally is alive. The return of a battle won is 1 + b.
 
-    An episode ends for all agents at once: ``terminated`` when a side is dead, ``truncated`` after ``max_steps``. What
-    is observed there is the last state; the caller resets, as with any environment of TorchRL's.
+    An episode ends for all agents at once: ``terminated`` when a side is dead, ``truncated`` after ``max_steps + 1``
+    steps, as JaxMARL counts. What is observed there is the last state; the caller resets, as in all of TorchRL.
     ``("info", "battle_won")`` is True at the end of a battle won.
 
     A dead agent sees zeros and can do one thing, to stop. With ``mask_dead`` it counts as absent:
@@ -84,7 +85,7 @@ class Smax(EnvBase):
 
     Args:
         map_name (str): one of ``MAPS``.
-        max_steps (int): of an episode.
+        max_steps (int): of an episode, but one.
         attack_mode (str): whom an enemy attacks of those in its range, ``closest`` or ``random``.
         enemy_shoots (bool): whether enemies attack.
         see_enemy_actions (bool): whether agents see what the enemies in sight did last.
@@ -139,7 +140,7 @@ class Smax(EnvBase):
         self._battle = _battle(map_name, self._on, **settings)
         self.mask_dead = mask_dead
         self._make_specs()
-        self._now = None, *self._battle.blank(num_envs)  # JAX's key, the state and what is to be seen of it
+        self._now = [None, self._battle.blank(num_envs)]  # JAX's key, and the state
         self._set_seed(int(torch.randint(2**31, ())) if seed is None else seed)
 
     @property
@@ -155,7 +156,7 @@ class Smax(EnvBase):
             "action_mask": Binary(n_actions, torch.Size((n, n_actions)), dtype=torch.bool),
         }
         if self.mask_dead:
-            seen["mask"] = Binary(n, torch.Size((n,)), dtype=torch.bool)
+            seen["mask"] = Categorical(2, torch.Size((n,)), dtype=torch.bool)
         flag = Binary(1, torch.Size((1,)), dtype=torch.bool)
         specs = {
             "observation": Composite(
@@ -173,27 +174,26 @@ class Smax(EnvBase):
     def _set_seed(self, seed: int | None) -> None:
         import jax
 
-        self._now = jax.device_put(jax.random.PRNGKey(seed or 0), self._on), *self._now[1:]
+        self._now[0] = jax.device_put(jax.random.PRNGKey(seed or 0), self._on)
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDict:
-        """New battles where ``_reset`` says so; the others stay as they are."""
+        """New battles where ``_reset`` says so. The others go on; TorchRL takes what is seen there from its input."""
         chosen = None if tensordict is None else tensordict.get("_reset", None)
         if chosen is None:
             chosen = torch.ones(*self.batch_size, 1, dtype=torch.bool, device=self.device)
-        self._now = self._battle.reset(*self._now, _to_jax(chosen.reshape(self.batch_size)))
-        return self._observed()[0]
+        *self._now, view = self._battle.reset(*self._now, _to_jax(chosen.reshape(self.batch_size)))
+        return self._observed(view)[0]
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
-        key, state, _ = self._now
-        self._now = self._battle.step(key, state, _to_jax(tensordict["agents", "action"].to(torch.int32)))
-        out, reward = self._observed()
-        out["agents"].set("reward", reward.unsqueeze(1).expand(-1, self.battle.num_agents, -1))
+        *self._now, view = self._battle.step(*self._now, _to_jax(tensordict["agents", "action"].to(torch.int32)))
+        out, reward = self._observed(view)
+        out.set(("agents", "reward"), reward.unsqueeze(1).expand(-1, self.battle.num_agents, -1))
         return out
 
-    def _observed(self) -> tuple[TensorDict, Tensor]:
-        """What is to be seen now, without a copy, and the reward of the last step, [B, 1]."""
+    def _observed(self, view: tuple) -> tuple[TensorDict, Tensor]:
+        """What is to be seen, without a copy, and the reward of the last step, [B, 1]."""
         env, batch, n = self.battle, self.batch_size, self.battle.num_agents
-        numbers, flags = map(torch.from_dlpack, self._now[-1])
+        numbers, flags = map(torch.from_dlpack, view)
         seen, state, reward = numbers.split([n * env.obs_size, env.state_size, 1], 1)
         allowed, alive, ends = flags.split([n * env.num_ally_actions, n, 4], 1)
         done, terminated, truncated, won = ends.split(1, 1)
@@ -232,17 +232,19 @@ def _check(map_name: str, **settings: Any) -> None:
 
 def _jaxmarl_smax() -> ModuleType:
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints which of its environments it did not find
+        # Its modules print which others they did not find, and put the process's first stdout and stderr in the place
+        # of those that a notebook, say, has set.
+        with redirect_stdout(sys.stdout), redirect_stderr(sys.stderr), patch("builtins.print"):
             from jaxmarl.environments import smax
     except ImportError as error:
         raise ImportError(
-            f'task=smax needs JaxMARL, which cannot be imported ({error}): pip install "benchmarl_trust[smax]". It is '
-            "for Python 3.11 and later."
+            f'task=smax needs JaxMARL, which cannot be imported ({error}): pip install "benchmarl_trust[smax]", with '
+            "Python 3.11 or later."
         ) from error
     return smax
 
 
-def _jax_device(device: torch.device) -> "jax.Device":
+def _jax_device(device: torch.device) -> Any:
     """JAX's name of the device."""
     _jaxmarl_smax()  # says what to install
     import jax
@@ -257,7 +259,7 @@ def _jax_device(device: torch.device) -> "jax.Device":
 
 
 @lru_cache(maxsize=16)
-def _battle(map_name: str, device: "jax.Device", **settings: Any) -> _Battle:
+def _battle(map_name: str, device: Any, **settings: Any) -> _Battle:
     """The battle and its programs; a second environment with the same settings and B need not be compiled again."""
     import jax
     import jax.numpy as jnp
@@ -281,22 +283,23 @@ def _battle(map_name: str, device: "jax.Device", **settings: Any) -> _Battle:
         seen, state = env.reset(key)
         return state, view(seen, state)
 
-    def choose(chosen: "jax.Array", new: Any, old: Any) -> Any:
-        return jax.tree.map(partial(jnp.where, chosen), new, old)
+    def begin_or_go_on(key: "jax.Array", old: Any, chosen: "jax.Array") -> tuple:
+        new, view = begin(key)
+        return jax.tree.map(partial(jnp.where, chosen), new, old), view
 
     def advance(key: "jax.Array", state: Any, action: "jax.Array") -> tuple:
         # Not step(), which resets what has ended and shows the next battle's first state in place of the last.
         seen, state, reward, _, _ = env.step_env(key, state, dict(zip(env.agents, action, strict=True)))
         return state, view(seen, state, reward[env.agents[0]])
 
-    def blank(num_envs: int) -> tuple:
-        shapes = jax.eval_shape(jax.vmap(begin), jnp.zeros((num_envs, 2), jnp.uint32))
+    def blank(num_envs: int) -> Any:
+        shapes, _ = jax.eval_shape(jax.vmap(begin), jnp.zeros((num_envs, 2), jnp.uint32))
         return jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), device), shapes)
 
     @jax.jit
-    def reset(key: "jax.Array", state: Any, seen: tuple, chosen: "jax.Array") -> tuple:
+    def reset(key: "jax.Array", state: Any, chosen: "jax.Array") -> tuple:
         keys = jax.random.split(key, len(chosen) + 1)
-        return keys[0], *jax.vmap(choose)(chosen, jax.vmap(begin)(keys[1:]), (state, seen))
+        return keys[0], *jax.vmap(begin_or_go_on)(keys[1:], state, chosen)
 
     @jax.jit
     def step(key: "jax.Array", state: Any, action: "jax.Array") -> tuple:
@@ -346,8 +349,8 @@ class SmaxClass(TaskClass):
         return True
 
     def max_steps(self, env: EnvBase) -> int:
-        """The key ``max_steps``."""
-        return self.config["max_steps"]
+        """One more than the key ``max_steps``, as JaxMARL counts."""
+        return self.config["max_steps"] + 1
 
     def has_render(self, env: EnvBase) -> bool:
         """No."""
@@ -380,7 +383,7 @@ class SmaxClass(TaskClass):
 
     @staticmethod
     def log_info(batch: TensorDictBase) -> dict[str, float]:
-        """Shares of the episodes that ended in the batch: won, and out of time. The names are those of SMACv2's task."""
+        """Shares of the episodes that ended in the batch: won, and out of time. Names are those of SMACv2's task."""
         ended = batch["next", "done"]
         shares = {"win_rate": ("next", "info", "battle_won"), "episode_limit_rate": ("next", "truncated")}
         return {f"collection/info/{name}": batch[key][ended].float().mean().item() for name, key in shares.items()}
@@ -415,4 +418,4 @@ class _SmaxTask(PackagedTask):
 
 
 #: The battles, by map. Most names begin with a digit, which a class body does not allow: ``SmaxTask["5M_VS_6M"]``.
-SmaxTask = _SmaxTask("SmaxTask", {name.upper(): None for name in MAPS}, module=__name__)
+SmaxTask = cast(type[PackagedTask], _SmaxTask("SmaxTask", {name.upper(): None for name in MAPS}, module=__name__))

@@ -1,6 +1,6 @@
 """What a task tells of its evaluations, which BenchMARL logs of collection alone."""
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 from benchmarl.experiment import Experiment
 from tensordict import TensorDictBase
@@ -30,9 +30,10 @@ class EvaluationInfo(OwnCallback):
     def on_evaluation_end(self, rollouts: list[TensorDictBase]) -> None:
         """BenchMARL has cut and logged the rollouts."""
         experiment = self.experiment
-        info = experiment.task.evaluation_info(rollouts)
+        info = cast(TellsOfEvaluation, experiment.task).evaluation_info(rollouts)
         means = {f"eval/info/{name}": each.mean().item() for name, each in info.items()}
         experiment.logger.log(means, step=experiment.n_iters_performed)
         if experiment.logger.json_writer is not None:
-            interval = experiment.config.evaluation_interval
-            experiment.logger.json_writer.write(experiment.total_frames, info, experiment.total_frames // interval)
+            step = experiment.total_frames // experiment.config.evaluation_interval
+            # It takes tensors, as BenchMARL gives it; its annotation says lists of them.
+            experiment.logger.json_writer.write(experiment.total_frames, cast(dict, info), step)
