@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -313,7 +314,7 @@ def test_the_maps_are_jaxmarls():
     from jaxmarl.environments.smax.smax_env import MAP_NAME_TO_SCENARIO
 
     assert set(MAPS) == set(MAP_NAME_TO_SCENARIO)
-    page = (conf_folder().parent / "docs" / "smax.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "smax.md").read_text()
     for name, scenario in MAP_NAME_TO_SCENARIO.items():
         assert f"| `smax/{name}` | {scenario.num_allies} | {scenario.num_enemies} |" in page
 

@@ -11,7 +11,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 from unittest.mock import patch
 
 import torch
@@ -26,6 +26,8 @@ from benchmarl_trust.environments.task import PackagedTask
 
 if TYPE_CHECKING:
     import jax
+    import numpy as np
+    from jaxmarl.environments.smax import HeuristicEnemySMAX
 
 #: JaxMARL's maps.
 MAPS = (
@@ -46,6 +48,8 @@ MAPS = (
 )
 #: Whom an enemy attacks of those in its range.
 ATTACK_MODES = ("closest", "random")
+#: Kinds of settings.
+Setting = int | float | str | bool
 SWITCHES = ("enemy_shoots", "see_enemy_actions", "walls_cause_death", "mask_dead")
 
 
@@ -58,7 +62,7 @@ class _Battle(NamedTuple):
     done, terminated, truncated and won.
     """
 
-    env: Any
+    env: "HeuristicEnemySMAX"
     blank: Callable
     reset: Callable
     step: Callable
@@ -144,7 +148,7 @@ class Smax(EnvBase):
         self._set_seed(int(torch.randint(2**31, ())) if seed is None else seed)
 
     @property
-    def battle(self) -> Any:
+    def battle(self) -> "HeuristicEnemySMAX":
         """JaxMARL's environment of one battle."""
         return self._battle.env
 
@@ -215,7 +219,7 @@ class Smax(EnvBase):
         return out, reward
 
 
-def _check(map_name: str, **settings: Any) -> None:
+def _check(map_name: str, **settings: Setting) -> None:
     if map_name not in MAPS:
         raise ValueError(f"task=smax/{map_name}: there is no such map. There are {', '.join(MAPS)}.")
     steps, mode, bonus = (settings[key] for key in ("max_steps", "attack_mode", "won_battle_bonus"))
@@ -244,7 +248,7 @@ def _jaxmarl_smax() -> ModuleType:
     return smax
 
 
-def _jax_device(device: torch.device) -> Any:
+def _jax_device(device: torch.device) -> object:
     """JAX's name of the device."""
     _jaxmarl_smax()  # says what to install
     import jax
@@ -259,7 +263,7 @@ def _jax_device(device: torch.device) -> Any:
 
 
 @lru_cache(maxsize=16)
-def _battle(map_name: str, device: Any, **settings: Any) -> _Battle:
+def _battle(map_name: str, device: object, **settings: Setting) -> _Battle:
     """The battle and its programs; a second environment with the same settings and B need not be compiled again."""
     import jax
     import jax.numpy as jnp
@@ -268,10 +272,10 @@ def _battle(map_name: str, device: Any, **settings: Any) -> _Battle:
     with jax.default_device(device):
         env = smax.HeuristicEnemySMAX(scenario=smax.map_name_to_scenario(map_name), **settings)
 
-    def by_agent(values: dict) -> "jax.Array":
+    def by_agent(values):
         return jnp.stack([values[agent] for agent in env.agents])
 
-    def view(seen: dict, state: Any, reward: "jax.Array | float" = 0.0) -> tuple:
+    def view(seen, state, reward=0.0):
         allies, enemies = jnp.split(state.state.unit_alive, [env.num_allies])
         done, over = state.state.done, ~allies.any() | ~enemies.any()
         ends = jnp.stack([done, over, done & ~over, allies.any() & ~enemies.any()])
@@ -279,37 +283,37 @@ def _battle(map_name: str, device: Any, **settings: Any) -> _Battle:
         flags = by_agent(env.get_avail_actions(state)).ravel().astype(bool), allies, ends
         return jnp.concatenate(numbers).astype(jnp.float32), jnp.concatenate(flags)
 
-    def begin(key: "jax.Array") -> tuple:
+    def begin(key):
         seen, state = env.reset(key)
         return state, view(seen, state)
 
-    def begin_or_go_on(key: "jax.Array", old: Any, chosen: "jax.Array") -> tuple:
+    def begin_or_go_on(key, old, chosen):
         new, view = begin(key)
         return jax.tree.map(partial(jnp.where, chosen), new, old), view
 
-    def advance(key: "jax.Array", state: Any, action: "jax.Array") -> tuple:
+    def advance(key, state, action):
         # Not step(), which resets what has ended and shows the next battle's first state in place of the last.
         seen, state, reward, _, _ = env.step_env(key, state, dict(zip(env.agents, action, strict=True)))
         return state, view(seen, state, reward[env.agents[0]])
 
-    def blank(num_envs: int) -> Any:
+    def blank(num_envs):
         shapes, _ = jax.eval_shape(jax.vmap(begin), jnp.zeros((num_envs, 2), jnp.uint32))
         return jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), device), shapes)
 
     @jax.jit
-    def reset(key: "jax.Array", state: Any, chosen: "jax.Array") -> tuple:
+    def reset(key, state, chosen):
         keys = jax.random.split(key, len(chosen) + 1)
         return keys[0], *jax.vmap(begin_or_go_on)(keys[1:], state, chosen)
 
     @jax.jit
-    def step(key: "jax.Array", state: Any, action: "jax.Array") -> tuple:
+    def step(key, state, action):
         keys = jax.random.split(key, len(action) + 1)
         return keys[0], *jax.vmap(advance)(keys[1:], state, action)
 
     return _Battle(env, blank, reset, step)
 
 
-def _to_jax(tensor: Tensor) -> Any:
+def _to_jax(tensor: Tensor) -> "np.ndarray | jax.Array":
     if tensor.device.type == "cpu":
         return tensor.numpy()  # in a third of the time
     from jax.numpy import from_dlpack
