@@ -348,6 +348,7 @@ def test_agents_win_where_the_enemy_does_not_shoot(run):
         MappoConfig.get_from_yaml(),
         task=task(enemy_shoots=False),
         evaluation=True,
+        evaluation_deterministic_actions=False,  # or else they go one way
         **TRAINING | {"on_policy_collected_frames_per_batch": 200 * B, "evaluation_interval": 200 * B},
     )
     logged = scalars(experiment)
@@ -387,6 +388,7 @@ def test_without_the_extra_it_is_said_what_to_install(monkeypatch):
 
 
 @needs_jaxmarl
+@pytest.mark.slow
 def test_importing_the_suite_prints_nothing_and_leaves_the_streams():
     code = "import io, sys; from benchmarl_trust.environments import Smax; sys.stdout = mine = io.StringIO(); "
     code += "Smax('3m'); assert sys.stdout is mine; sys.stdout = sys.__stdout__; print(repr(mine.getvalue()))"
