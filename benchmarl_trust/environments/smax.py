@@ -394,7 +394,9 @@ class SmaxClass(TaskClass):
 
     @staticmethod
     def evaluation_info(rollouts: list[TensorDictBase]) -> dict[str, Tensor]:
-        """Of each evaluated episode, whether it was won; see :class:`benchmarl_trust.runtime.EvaluationInfo`."""
+        """Of each evaluated episode, whether it was won, for
+        :class:`~benchmarl_trust.runtime.evaluation.EvaluationInfo`.
+        """
         return {"win_rate": torch.stack([rollout["next", "info", "battle_won"].any() for rollout in rollouts]).float()}
 
     @staticmethod
