@@ -5,7 +5,8 @@
     python docs/figures.py --portray    # pictures of robots, which need the extra mamujoco and OpenGL
     python docs/figures.py --measure    # measures again what the drawings show, a quarter of an hour on one core
 
-Drawings are SVG; their data is in ``docs/results``, each file with the command that made it in ``MEASUREMENTS``. Their
+Drawings are SVG; their data is in ``docs/results``, each file with the command that made it in ``MEASUREMENTS``, or by
+``record_battle``, which needs the extra ``smax``. Their
 bytes depend on nothing but the data and the versions of matplotlib, NumPy and contourpy, which each file names. The
 text alternatives are in ``alt.yaml`` beside the pictures; entries of pictures that are made elsewhere stay.
 
@@ -225,6 +226,61 @@ def draw_differential_game() -> tuple[Figure, str]:
     return figure, alt
 
 
+def draw_smax() -> tuple[Figure, str]:
+    """A battle of 5m_vs_6m at six of its steps."""
+    rows = read("smax_battle.csv")
+    steps = sorted({int(row["step"]) for row in rows})
+    shown = [steps[round(k * (len(steps) - 1) / 5)] for k in range(6)]
+    figure = Figure(figsize=(8, 3.2))
+    said = []
+    for ax, step in zip(figure.subplots(2, 3, sharex=True, sharey=True).flat, shown, strict=True):
+        units = [row for row in rows if int(row["step"]) == step]
+        left = {}
+        for side, color, marker in (("ally", BLUE, "o"), ("enemy", RED, "s")):
+            place, health = (
+                np.array([[float(row[key]) for key in keys] for row in units if row["side"] == side])
+                for keys in (("x", "y"), ("health",))
+            )
+            alive = health[:, 0] > 0
+            ax.scatter(*place[alive].T, 30, "white", marker=marker, edgecolors=color, linewidths=1.2, zorder=2)
+            ax.scatter(*place[alive].T, 30 * health[alive, 0], color, marker=marker, linewidths=0, zorder=3)
+            left[side] = int(alive.sum())
+        ax.set(
+            title=f"step {step}: {left['ally']} against {left['enemy']}", xlim=(5, 27), ylim=(12, 20), aspect="equal"
+        )
+        ax.grid(False)
+        said.append(f"{left['ally']} against {left['enemy']} at step {step}")
+    figure.suptitle("smax/5m_vs_6m: allies (blue discs) and enemies (red squares), filled by their health")
+    alt = (
+        "Six pictures of one battle on smax/5m_vs_6m, seen from above. Five allied marines, blue discs, go right and "
+        "attack the first enemy in range, six enemies, red squares, come to meet them; marks are filled by the unit's "
+        f"health, the dead are not shown. Left are {', '.join(said)}."
+    )
+    return figure, alt
+
+
+def record_battle() -> None:
+    """Write down a battle of the script: attack the first enemy in range, or else go right."""
+    from benchmarl_trust.environments import Smax
+
+    env = Smax("5m_vs_6m", seed=0)
+    td, allies, units, east = env.reset(), 5, 11, 1
+    with (RESULTS / "smax_battle.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["step", "side", "unit", "x", "y", "health"])
+        for step in range(101):
+            state = td["state"][0, : 10 * units].view(units, 10)  # of each unit: health, x, y, cooldown, six types
+            for unit, (health, x, y) in enumerate(state[:, :3].tolist()):
+                side = "ally" if unit < allies else "enemy"
+                writer.writerow([step, side, unit, f"{x:.2f}", f"{y:.2f}", f"{health:.3f}"])
+            if td["done"].any():
+                return
+            attack = td["agents", "action_mask"][..., 5:]
+            action = torch.where(attack.any(-1), 5 + attack.int().argmax(-1), east)
+            alive = td["agents", "mask"]
+            td = env.step(td.set(("agents", "action"), torch.where(alive, action, 4)))["next"]
+
+
 def plot_reward(ax: Axes, maxima: dict[str, tuple[float, float]], labels: bool) -> None:
     """Contours of the reward, its maxima as stars."""
     axis = torch.linspace(0, 7, 43, dtype=torch.float64)
@@ -264,6 +320,7 @@ DRAWINGS: dict[str, Callable[[], tuple[Figure, str]]] = {
     "gains.svg": draw_gains,
     "advantage_variance.svg": draw_advantage_variance,
     "differential_game.svg": draw_differential_game,
+    "smax.svg": draw_smax,
 }
 
 
@@ -359,6 +416,7 @@ def measure() -> None:
     for command, (made, kept) in MEASUREMENTS.items():
         subprocess.run([sys.executable, *command.split()], check=True, cwd=ROOT)
         shutil.copyfile(ROOT / command.split()[-1] / made, RESULTS / kept)
+    record_battle()
 
 
 def main() -> None:

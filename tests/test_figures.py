@@ -34,7 +34,7 @@ def drawn(figures, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", ["gains.svg", "advantage_variance.svg", "differential_game.svg", "learning_curves.svg"]
+    "name", ["gains.svg", "advantage_variance.svg", "differential_game.svg", "smax.svg", "learning_curves.svg"]
 )
 def test_a_drawing_is_made_again_in_the_same_bytes(name, figures, drawn):
     committed = (DOCS / "figures" / name).read_text()

@@ -2,6 +2,7 @@
 
 from benchmarl_trust.environments.mamujoco import MamujocoClass, MamujocoConfig, MamujocoEnv, MamujocoTask
 from benchmarl_trust.environments.padded import PaddedEnv
+from benchmarl_trust.environments.smax import Smax, SmaxClass, SmaxConfig, SmaxTask
 from benchmarl_trust.environments.task import PackagedTask
 from benchmarl_trust.environments.trust_games import (
     DifferentialConfig,
@@ -15,7 +16,7 @@ from benchmarl_trust.environments.trust_games import (
 )
 
 # What the package registers; a suite's own packages are imported when an environment of it is built.
-TASKS: tuple[type[PackagedTask], ...] = (TrustGamesTask, MamujocoTask)
+TASKS: tuple[type[PackagedTask], ...] = (TrustGamesTask, MamujocoTask, SmaxTask)
 
 __all__ = [
     "TASKS",
@@ -29,6 +30,10 @@ __all__ = [
     "MatrixGame",
     "PackagedTask",
     "PaddedEnv",
+    "Smax",
+    "SmaxClass",
+    "SmaxConfig",
+    "SmaxTask",
     "TrustGamesClass",
     "TrustGamesTask",
     "differential_reward",

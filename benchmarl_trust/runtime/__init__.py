@@ -2,11 +2,13 @@
 
 from benchmarl_trust.runtime.adam import fused
 from benchmarl_trust.runtime.before import check_video, look_before_setup
+from benchmarl_trust.runtime.evaluation import EvaluationInfo
 from benchmarl_trust.runtime.guard import PATIENCE, FiniteGuard, OwnCallback, last_checkpoint, own_callback
 from benchmarl_trust.runtime.resume import LatestCheckpoint, ResumeState
 
 __all__ = [
     "PATIENCE",
+    "EvaluationInfo",
     "FiniteGuard",
     "LatestCheckpoint",
     "OwnCallback",

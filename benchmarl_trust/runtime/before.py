@@ -14,6 +14,7 @@ from benchmarl.environments import Task, TaskClass
 from benchmarl.experiment import Callback, Experiment, ExperimentConfig
 from benchmarl.models.common import ModelConfig
 
+from benchmarl_trust.runtime.evaluation import EvaluationInfo
 from benchmarl_trust.runtime.restore import check_restore
 
 #: BenchMARL's loggers: the package that each needs, and where it comes from.
@@ -184,7 +185,8 @@ def look_before_setup() -> None:
     BenchMARL has no place for a plugin before it makes the experiment's folder and, for a restored one, overwrites its
     ``config.pkl``: callbacks and algorithms come later. Therefore ``Experiment.__init__`` is wrapped. Experiments of
     other algorithms are constructed as they are, save for what certainly fails (a device, a folder or a logger's
-    package that is not there), and for checkpoints of ours, which other runs do not go on with.
+    package that is not there), and for checkpoints of ours, which other runs do not go on with. Behind it,
+    :class:`EvaluationInfo` is added, whatever the algorithm.
     """
     if not hasattr(Experiment.__init__, "looks_before"):
         Experiment.__init__ = _looking_before(Experiment.__init__)
@@ -199,6 +201,7 @@ def _looking_before(init: Callable) -> Callable:
         bound.apply_defaults()
         check_plan(Plan(*(bound.arguments[name] for name in Plan._fields)))
         init(self, *args, **kwargs)
+        EvaluationInfo.add_to(self)
 
     checked.__dict__["looks_before"] = True
     return checked
