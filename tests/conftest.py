@@ -1,6 +1,7 @@
 import os
 import warnings
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from benchmarl.models import MlpConfig
 PARALLEL = "PYTEST_XDIST_WORKER" in os.environ  # then one thread for each worker, and for its child processes
 if PARALLEL:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# SMAX takes 10 seconds to compile, in each of the processes that the tests start.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 
 
 def pytest_addoption(parser):

@@ -79,6 +79,12 @@ def test_contributing_names_what_is_there():
     assert len(paths) >= 8
     for path in paths:
         assert (root / path).exists() or (root / "benchmarl_trust" / path).exists(), path
+
+
+@pytest.mark.slow
+def test_contributing_selects_tests_that_are_there():
+    root = DOCS.parent
+    text = (root / "CONTRIBUTING.md").read_text()
     for selected in re.findall(r"-m pytest (.+)$", text, re.MULTILINE):
         command = [sys.executable, "-m", "pytest", "--collect-only", "-qq", *selected.split()]
         assert subprocess.run(command, cwd=root, capture_output=True, check=False).returncode == 0, selected

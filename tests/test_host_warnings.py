@@ -45,6 +45,7 @@ def test_who_asks_for_warnings_gets_them(warn, monkeypatch):
         warn(DEPRECATED, DeprecationWarning, "torchrl.collectors._base")
 
 
+@pytest.mark.slow
 def test_a_first_run_prints_its_progress_and_little_else(tmp_path):
     """What is left is on standard output, which README's ``> /dev/null`` leaves out."""
     command = [sys.executable, "-m", "benchmarl.run", "algorithm=mars", *TINY, "experiment.share_policy_params=False"]

@@ -113,7 +113,7 @@ def test_all_of_the_librarys_partitions_are_as_there(task):
     ("task", "actuators"),
     [
         (MamujocoTask.ANT_8X1, [[2], [3], [4], [5], [6], [7], [0], [1]]),
-        (MamujocoTask.WALKER2D_3X2, [[2, 1], [0, 5], [4, 3]]),
+        (MamujocoTask.WALKER2D_3X2, [[0, 1], [2, 3], [4, 5]]),
         (MamujocoTask.WALKER2D_6X1, [[2], [1], [0], [5], [4], [3]]),
     ],
 )
@@ -149,6 +149,19 @@ def test_how_far_agents_see():
         for k in (0, 1, 5)
     ]
     assert lengths == [7, 9, 12]  # 5 of the root; position and velocity of one's own joint; the position of others
+
+
+def test_agents_that_see_everything():
+    env = make(MamujocoTask.HUMANOID_9_8, agent_obsk=None)
+    td = play(env, actions_of(env, 3))
+    for seen in (td, td["next"]):
+        observation, state = seen["agents", "observation"], seen["state"]
+        assert torch.equal(observation[..., :348], state.unsqueeze(1).expand(-1, 2, -1))
+        assert torch.equal(observation[..., 348:], torch.eye(2).expand(3, 2, 2))
+    check_env_specs(env)
+    # The robot is moved as it is by agents that see a part.
+    part = play(make(MamujocoTask.HUMANOID_9_8), actions_of(env, 3))
+    assert torch.equal(part["next", "state"], td["next", "state"])
 
 
 # Ends of episodes
@@ -381,7 +394,7 @@ def test_same_seed_same_training(run):
             "must be a list of joints for each agent",
         ),
         ({"agent_obsk": -1}, "task.agent_obsk=-1 must be a whole number, 0 or more"),
-        ({"agent_obsk": None}, "task.agent_obsk=None must be a whole number"),
+        ({"agent_obsk": 1.5}, "task.agent_obsk=1.5 must be a whole number"),
         ({"max_steps": 0}, "task.max_steps=0 must be a whole number, 1 or more"),
         ({"max_steps": 2.5}, "task.max_steps=2.5 must be a whole number"),
     ],
@@ -489,3 +502,10 @@ def test_without_opengl_the_cure_is_named(monkeypatch):
     monkeypatch.setattr(type(env._suite), "render", lambda suite: 1 / 0)
     with pytest.raises(RuntimeError, match=r"MUJOCO_GL to egl or osmesa, or run with experiment.render=False"):
         env.render()
+
+
+def test_without_opengl_nothing_is_collected(monkeypatch, make_experiment):
+    task = config(MamujocoTask.HOPPER_3X1)
+    monkeypatch.setattr(type(make(MamujocoTask.HOPPER_3X1)._suite), "render", lambda suite: 1 / 0)
+    with pytest.raises(ValueError, match=r"experiment\.render=True: MuJoCo cannot render"):
+        make_experiment(ALGORITHMS["happo"].get_from_yaml(), task=task, evaluation=True, render=True)

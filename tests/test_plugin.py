@@ -51,6 +51,7 @@ def results(folder: Path) -> list[dict]:
     return [json.loads(file.read_text())["vmas"] for file in files]
 
 
+@pytest.mark.slow
 def test_kill_a_run_with_overrides_then_evaluate_and_resume(tmp_path):
     overrides = ["algorithm=mars", "algorithm.epsilon=0.1", "algorithm.surrogate=log", *TINY]
     overrides += ["experiment.checkpoint_interval=40", "experiment.keep_checkpoints_num=1"]

@@ -5,6 +5,7 @@ The suite is ``mamujoco_v1`` of Gymnasium-Robotics, on the robots of Gymnasium (
 """
 
 import copy
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -61,7 +62,8 @@ class MamujocoEnv(PaddedEnv):
         agent_conf (str, optional): the library's name of a partition, see :data:`PARTITIONS`.
         agent_factorization (list of list of str, optional): the joints of each agent, by name; in place of
             ``agent_conf``, which of robots of many segments then says how many there are.
-        agent_obsk (int): an agent sees its own joints, and of others those up to so many joints away.
+        agent_obsk (int, optional): an agent sees its own joints, and of others those up to so many joints away; None:
+            the robot's whole observation, and which agent it is, as in the published code of HAPPO and HATRPO.
         max_steps (int): where an episode is truncated.
         seed (int, optional): of the first reset.
         device (torch.device, str or int): where tensors are put.
@@ -81,13 +83,16 @@ class MamujocoEnv(PaddedEnv):
         scenario: str,
         agent_conf: str | None,
         agent_factorization: list[list[str]] | None,
-        agent_obsk: int,
+        agent_obsk: int | None,
         max_steps: int,
         seed: int | None = None,
         device: DEVICE_TYPING = "cpu",
     ):
-        _check(scenario, agent_conf, agent_factorization, agent_obsk, max_steps)
-        super().__init__(_suite(scenario, agent_conf, agent_factorization, agent_obsk, max_steps), seed, device)
+        whole = agent_obsk is None  # the library would make one agent of all
+        obsk = 0 if agent_obsk is None else agent_obsk
+        _check(scenario, agent_conf, agent_factorization, obsk, max_steps)
+        suite = _suite(scenario, agent_conf, agent_factorization, obsk, max_steps)
+        super().__init__(suite, seed, device, whole=whole)
 
     def render(self) -> np.ndarray:
         """A picture, [height, width, 3].
@@ -111,10 +116,11 @@ def _check(scenario: str, conf: str | None, factorization: list[list[str]] | Non
             raise ValueError(f"task.{key}={value} must be a whole number, {least} or more.")
     if scenario in _MANY_SEGMENTS:
         parts = str(conf).split("x")
-        if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        numbers = [int(part) for part in parts if part.isdecimal()]
+        if len(parts) != 2 or len(numbers) != 2 or math.prod(numbers) < 2:
             raise ValueError(
-                f"task.agent_conf={conf} must be <agents>x<segments of each> for {scenario}, such as "
-                "task.agent_conf=10x2."
+                f"task.agent_conf={conf} must be <agents>x<segments of each> for {scenario}, two segments or more, "
+                "such as task.agent_conf=10x2."
             )
         return
     if factorization is None and conf not in PARTITIONS[scenario]:
@@ -201,7 +207,7 @@ class MamujocoConfig:
     scenario: str
     agent_conf: str | None
     agent_factorization: list[list[str]] | None
-    agent_obsk: int
+    agent_obsk: int | None
     max_steps: int
 
 
@@ -239,6 +245,17 @@ class MamujocoClass(TaskClass):
     def has_render(self, env: EnvBase) -> bool:
         """Yes, with OpenGL."""
         return True
+
+    def check_render(self, env: EnvBase) -> None:
+        """Draw one picture; BenchMARL would draw the first after it has collected and trained.
+
+        Raises:
+            ValueError: where there is no OpenGL.
+        """
+        try:
+            env.render()
+        except RuntimeError as error:
+            raise ValueError(f"experiment.render=True: {error}") from error
 
     def group_map(self, env: EnvBase) -> dict[str, list[str]]:
         """All agents in one group."""

@@ -30,6 +30,7 @@ class PaddedEnv(EnvBase):
         env (pettingzoo.ParallelEnv): with vectors as observations, boxes of vectors as actions, and ``state()``.
         seed (int, optional): of the first reset; those that follow go on from there.
         device (torch.device, str or int): where tensors are put. The environment itself computes on the CPU.
+        whole (bool): whether each agent observes the state and behind it N numbers, 1 at its own place, else 0.
 
     Attributes:
         executed (Tensor): boolean, [N, D], True where an agent's action has an entry.
@@ -37,14 +38,16 @@ class PaddedEnv(EnvBase):
 
     executed: torch.Tensor
 
-    def __init__(self, env: "ParallelEnv", seed: int | None = None, device: DEVICE_TYPING = "cpu"):
+    def __init__(self, env: "ParallelEnv", seed: int | None = None, device: DEVICE_TYPING = "cpu", whole: bool = False):
         super().__init__(device=device, batch_size=torch.Size(()))
-        self._suite, self._seed = env, seed
+        self._suite, self._seed, self._whole = env, seed, whole
         self._names = list(env.possible_agents)
         boxes = [cast("Box", env.action_space(name)) for name in self._names]
         self._sizes = [len(box.low) for box in boxes]
-        self._lengths = [len(cast("Box", env.observation_space(name)).low) for name in self._names]
         n_agents, longest = len(self._names), max(self._sizes)
+        self._lengths = [len(cast("Box", env.observation_space(name)).low) for name in self._names]
+        if whole:
+            self._lengths = n_agents * [len(env.state()) + n_agents]
         self.register_buffer("executed", torch.arange(longest) < torch.tensor(self._sizes)[:, None])
 
         low, high = (
@@ -76,14 +79,19 @@ class PaddedEnv(EnvBase):
         return self._pack(observations, terminated[first], truncated[first], reward=reward)
 
     def _pack(self, observations: dict, terminated: bool, truncated: bool, **more: torch.Tensor) -> TensorDict:
+        state = self._suite.state().astype(np.float32)
         observation = np.zeros((len(self._names), max(self._lengths)), dtype=np.float32)
-        for row, name, length in zip(observation, self._names, self._lengths, strict=True):
-            row[:length] = observations[name]
+        if self._whole:
+            observation[:, : len(state)] = state
+            observation[:, len(state) :] = np.eye(len(self._names))
+        else:
+            for row, name, length in zip(observation, self._names, self._lengths, strict=True):
+                row[:length] = observations[name]
         agents = {"observation": torch.from_numpy(observation), **more}
         flags = torch.tensor([[terminated or truncated], [terminated], [truncated]])
         packed = {
             GROUP: TensorDict(agents, batch_size=(len(self._names),), device=self.device),
-            "state": torch.from_numpy(self._suite.state().astype(np.float32)),
+            "state": torch.from_numpy(state),
             **dict(zip(("done", "terminated", "truncated"), flags, strict=True)),
         }
         return TensorDict(packed, batch_size=(), device=self.device)

@@ -69,7 +69,7 @@ class _Battle(NamedTuple):
 
 
 class Smax(EnvBase):
-    r"""B battles, stepped as one program of XLA's, whose tensors are taken over without a copy.
+    r"""B battles, stepped as one program of XLA's, whose tensors are taken over without a copy on the CPU.
 
     The reward is one for all agents, the dead too:
 
@@ -195,9 +195,12 @@ class Smax(EnvBase):
         return out
 
     def _observed(self, view: tuple) -> tuple[TensorDict, Tensor]:
-        """What is to be seen, without a copy, and the reward of the last step, [B, 1]."""
+        """What is to be seen, on the CPU without a copy, and the reward of the last step, [B, 1]."""
         env, batch, n = self.battle, self.batch_size, self.battle.num_agents
         numbers, flags = map(torch.from_dlpack, view)
+        if self.device.type == "cuda":  # JAX takes its memory back in a stream of its own, which waits for nobody
+            numbers, flags = numbers.clone(), flags.clone()
+            torch.cuda.current_stream(self.device).synchronize()
         seen, state, reward = numbers.split([n * env.obs_size, env.state_size, 1], 1)
         allowed, alive, ends = flags.split([n * env.num_ally_actions, n, 4], 1)
         done, terminated, truncated, won = ends.split(1, 1)

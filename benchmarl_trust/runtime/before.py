@@ -146,7 +146,9 @@ def check_folder(folder: str | None) -> None:
 
 
 def check_video(experiment: Experiment) -> None:
-    """Refuse to draw evaluations where a logger cannot write the pictures, which ends the run at the first of them.
+    """Refuse to draw evaluations where the task cannot draw or a logger cannot write, which ends the run at the first.
+
+    A task may have a method ``check_render(env)``, which raises a ``ValueError`` where nothing can be drawn.
 
     Args:
         experiment (Experiment): set up as far as its task, which knows whether it can be drawn.
@@ -157,6 +159,9 @@ def check_video(experiment: Experiment) -> None:
     config = experiment.config
     if not (config.render and config.evaluation and experiment.task.has_render(experiment.test_env)):
         return
+    check_render = getattr(experiment.task, "check_render", None)
+    if check_render is not None:
+        check_render(experiment.test_env)
     cure = (
         "Run with experiment.render=False (examples/show.py draws checkpoints), or log to tensorboard or wandb with "
         'pip install "benchmarl_trust[video]".'
