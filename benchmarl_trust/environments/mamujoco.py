@@ -253,7 +253,7 @@ class MamujocoClass(TaskClass):
             ValueError: where there is no OpenGL.
         """
         try:
-            env.render()
+            cast(MamujocoEnv, env).render()
         except RuntimeError as error:
             raise ValueError(f"experiment.render=True: {error}") from error
 
