@@ -1,4 +1,5 @@
 import os
+import sys
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,13 @@ if PARALLEL:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 # SMAX takes 10 seconds to compile, in each of the processes that the tests start.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+
+try:  # TensorBoard and JAX bring it
+    from absl.logging import get_absl_handler
+except ImportError:
+    pass
+else:  # or else it keeps pytest's stderr, and closes it when a test lets Hydra configure logging anew
+    get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 def pytest_addoption(parser):

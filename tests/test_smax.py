@@ -403,3 +403,13 @@ def test_importing_the_suite_prints_nothing_and_leaves_the_streams():
     code += "Smax('3m'); assert sys.stdout is mine; sys.stdout = sys.__stdout__; print(repr(mine.getvalue()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "''\n"
+
+
+@needs_jaxmarl
+@pytest.mark.slow
+def test_importing_the_suite_leaves_the_streams_open():
+    """Hydra configures logging anew, which closes what handlers hold."""
+    code = "import io, sys, logging.config; sys.stderr = mine = io.StringIO(); "
+    code += "from benchmarl_trust.environments import Smax; Smax('3m'); assert sys.stderr is mine; "
+    code += "sys.stderr = sys.__stderr__; logging.config.dictConfig({'version': 1}); assert not mine.closed"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -240,8 +240,9 @@ def _check(map_name: str, **settings: Setting) -> None:
 def _jaxmarl_smax() -> ModuleType:
     try:
         # Its modules print which others they did not find, and put the process's first stdout and stderr in the place
-        # of those that a notebook, say, has set.
-        with redirect_stdout(sys.stdout), redirect_stderr(sys.stderr), patch("builtins.print"):
+        # of those that a notebook, say, has set. Absl's logging keeps the stderr that it meets, and closes it when
+        # logging is configured anew, unless it is the process's first.
+        with redirect_stdout(sys.stdout), redirect_stderr(sys.__stderr__), patch("builtins.print"):
             from jaxmarl.environments import smax
     except ImportError as error:
         raise ImportError(
