@@ -27,8 +27,8 @@ demo: $(VENV)/.installed-vmas
 		experiment.max_n_frames=$(DEMO_FRAMES) experiment.evaluation_interval=24000 \
 		'model.num_cells=[64,64]' 'critic_model.num_cells=[64,64]' hydra.sweep.dir=$(DEMO_FOLDER) > /dev/null
 	$(BIN)/python -m benchmarl_trust.report $(DEMO_FOLDER)
-	@echo "What it shows: with small networks, equal settings and nothing tuned, HATRPO ends ahead of MAPPO on balance, though it"
-	@echo "is behind in the first half. What not: other tasks, larger networks, longer runs. It was chosen on seeds 0 to 2."
+	@echo "Equal settings, small networks, nothing tuned by algorithm. HATRPO was chosen on seeds 0 to 2: 45.6 at the end, MAPPO 38.3."
+	@echo "This says nothing of other tasks, larger networks or longer runs."
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal

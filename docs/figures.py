@@ -311,7 +311,7 @@ def draw_learning_curves() -> tuple[str, str]:
     seeds = rows["mappo"]["seeds"].split()
     alt = (
         f"Learning curves on vmas/balance: mean return in evaluation over {frames:,} frames, {len(seeds)} seeds, "
-        f"networks of 64 x 64, published defaults. At the end, mean ± standard deviation: {last}."
+        f"networks of 64 x 64, this package's defaults. At the end, mean ± standard deviation: {last}."
     )
     return picture.replace("<svg ", f"<!-- docs/figures.py, {VERSIONS} -->\n<svg ", 1), alt
 
