@@ -201,7 +201,15 @@ def test_benchmarl_takes_the_settings_of_all_runs():
 def start(folder: Path) -> subprocess.Popen:
     (folder / "plan.yaml").write_text(TINY)
     command = [sys.executable, str(FILE), "--plan", "plan.yaml", "--out", "runs", "--results", "results"]
-    return subprocess.Popen(command, cwd=folder, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts what is to run in the background, these tests for instance, with the signal ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def results(folder: Path) -> dict[str, str]:
