@@ -6,9 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-import yaml
 from benchmarl.algorithms import MappoConfig
-from benchmarl.environments import task_config_registry
 from benchmarl.hydra_config import load_task_config_from_hydra
 from conftest import scalars
 from hydra import compose, initialize_config_module
@@ -313,23 +311,6 @@ def test_equal_agents_have_the_hosts_policy(make_experiment):
 
 
 # In BenchMARL
-
-
-@tasks
-def test_yaml_registry_and_hydra_agree(task):
-    name = f"mamujoco/{task.name.lower()}"
-    text = yaml.safe_load((conf_folder() / "task" / f"{name}.yaml").read_text())
-    assert text.pop("defaults") == [f"{name.replace('/', '_')}_config", "_self_"]
-    assert task_config_registry[name] is task
-    assert task.get_from_yaml().config == text
-    with initialize_config_module("benchmarl.conf", version_base=None):
-        cfg = compose("config", overrides=["algorithm=mappo", f"task={name}"])
-    assert load_task_config_from_hydra(cfg.task, name) == task.get_from_yaml()
-
-
-def test_yaml_files_and_tasks_are_the_same():
-    files = {file.stem for file in (conf_folder() / "task" / "mamujoco").glob("*.yaml")}
-    assert files == {task.name.lower() for task in MamujocoTask}
 
 
 def test_overrides_are_checked_by_hydra():

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from benchmarl.algorithms import MappoConfig
-from benchmarl.environments import task_config_registry
 from benchmarl.experiment import Callback
 from benchmarl.hydra_config import load_task_config_from_hydra
 from cases import Case
@@ -23,7 +21,6 @@ from torchrl.envs.utils import check_env_specs
 from benchmarl_trust import ALGORITHMS
 from benchmarl_trust.environments import Smax, SmaxClass, SmaxTask
 from benchmarl_trust.environments.smax import MAPS
-from benchmarl_trust.paths import conf_folder
 
 needs_jaxmarl = pytest.mark.skipif(importlib.util.find_spec("jaxmarl") is None, reason="needs the extra smax")
 #: The environments of a test, always as many: JAX compiles a map's programs once for a number of environments.
@@ -299,16 +296,14 @@ def test_the_dead_reach_no_number(name, run):
 
 
 @pytest.mark.parametrize("name", MAPS)
-def test_yaml_registry_and_hydra_agree(name):
+def test_maps_have_one_configuration_and_are_changed_by_hydra(name):
     member = SmaxTask[name.upper()]
-    text = yaml.safe_load((conf_folder() / "task" / "smax" / f"{name}.yaml").read_text())
-    assert text.pop("defaults") == [f"smax_{name}_config", "_self_"]
-    assert task_config_registry[f"smax/{name}"] is member
-    assert member.get_from_yaml().config == text == SmaxTask["3M"].get_from_yaml().config
+    config = SmaxTask["3M"].get_from_yaml().config
+    assert member.get_from_yaml().config == config
     with initialize_config_module("benchmarl.conf", version_base=None):
         cfg = compose("config", overrides=["algorithm=gpae", f"task=smax/{name}", "task.attack_mode=random"])
     loaded = load_task_config_from_hydra(cfg.task, f"smax/{name}")
-    assert loaded.config == text | {"attack_mode": "random"}
+    assert loaded.config == config | {"attack_mode": "random"}
     assert pickle.loads(pickle.dumps(member)) is member
 
 

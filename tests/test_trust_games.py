@@ -5,8 +5,6 @@ import sys
 
 import pytest
 import torch
-import yaml
-from benchmarl.environments import task_config_registry
 from benchmarl.hydra_config import load_task_config_from_hydra
 from conftest import scalars
 from hydra import compose, initialize_config_module
@@ -15,7 +13,6 @@ from torchrl.envs.utils import check_env_specs
 
 from benchmarl_trust import MarsConfig, TrustGamesTask
 from benchmarl_trust.environments import DifferentialGame, MatrixGame, differential_reward, matrix_reward
-from benchmarl_trust.paths import conf_folder
 
 CLIMBING = [[11, -30, 0], [-30, 7, 6], [0, 0, 5]]
 THREE_PLAYERS = [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
@@ -243,18 +240,6 @@ def test_bad_settings_are_refused_before_collection(make_experiment):
 
 
 # In BenchMARL
-
-
-@tasks
-def test_yaml_registry_and_hydra_agree(task):
-    name = f"trust_games/{task.name.lower()}"
-    text = yaml.safe_load((conf_folder() / "task" / f"{name}.yaml").read_text())
-    assert text.pop("defaults") == [f"{name.replace('/', '_')}_config", "_self_"]
-    assert task_config_registry[name] is task
-    assert task.get_from_yaml().config == text == task.get_task().config
-    with initialize_config_module("benchmarl.conf", version_base=None):
-        cfg = compose("config", overrides=["algorithm=mappo", f"task={name}"])
-    assert load_task_config_from_hydra(cfg.task, name) == task.get_from_yaml()
 
 
 def test_overrides_are_checked_by_hydra():

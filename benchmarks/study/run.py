@@ -17,7 +17,6 @@ plan's settings is not run again, on any machine.
 import argparse
 import itertools
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from typing import NamedTuple
 import yaml
 from tqdm import tqdm
 
-from benchmarl_trust.report.compact import load, save
+from benchmarl_trust.report.compact import load, safe, save
 from benchmarl_trust.report.runs import find_runs
 
 PLAN = Path(__file__).with_name("plan.yaml")
@@ -49,8 +48,7 @@ class Run(NamedTuple):
 
     def folder(self, out: Path) -> Path:
         """Where its files are."""
-        names = (re.sub(r"[^A-Za-z0-9.+]+", "_", name) for name in (self.part, self.task, self.arm))
-        return out.joinpath(*names, f"seed{self.seed}")
+        return out.joinpath(*map(safe, (self.part, self.task, self.arm)), f"seed{self.seed}")
 
 
 def planned(plan: dict) -> list[Run]:
@@ -130,7 +128,7 @@ def save_result(run: Run, out: Path, results: Path) -> None:
 
 
 def main() -> None:
-    """Run what is missing, then save what is there."""
+    """Run what is missing, and save each run when it ends."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plan", type=Path, default=PLAN, metavar="FILE", help="the plan")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="how many runs at a time")

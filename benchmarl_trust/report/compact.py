@@ -15,14 +15,19 @@ COLUMNS = ("time_s", "return", "collection_return", "kl")
 PLACES = {"experiment.save_folder", "experiment.restore_file", "experiment.restore_map_location"}
 
 
+def safe(name: str) -> str:
+    """A part of a file's name that every file system takes."""
+    return re.sub(r"[^A-Za-z0-9.+]+", "_", name)
+
+
 def file_name(run: Run) -> str:
-    """Safe on every file system.
+    """Of a saved run.
 
     Examples:
         >>> file_name(Run("vmas/balance", "mars", 0, [], {}, label="mars, epsilon=0.1"))
         'vmas_balance-mars_epsilon_0.1-seed0.csv'
     """
-    return "-".join(re.sub(r"[^A-Za-z0-9.+]+", "_", part) for part in (run.task, run.label, f"seed{run.seed}")) + ".csv"
+    return "-".join(map(safe, (run.task, run.label, f"seed{run.seed}"))) + ".csv"
 
 
 def save(runs: list[Run], folder: Path) -> None:
