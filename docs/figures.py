@@ -391,17 +391,17 @@ def describe_animations() -> dict[str, str]:
 
 def portray(out: Path, size: int = 220) -> None:
     """The robots of MaMuJoCo, each limb in the colour of the agent that moves its joint."""
-    from benchmarl_trust.environments import MamujocoEnv, MamujocoTask
+    from benchmarl_trust.environments import MamujocoTask
 
     sheet = Image.new("RGB", (3 * size, 2 * size), "white")
     colors = [[int(color[k : k + 2], 16) / 255 for k in (1, 3, 5)] for color in (BLUE, YELLOW, RED, BLACK)]
     for k, name in enumerate(PORTRAITS):
-        env = MamujocoEnv(**MamujocoTask[name.upper()].get_from_yaml().config, seed=0)
+        env = MamujocoTask[name.upper()].get_from_yaml().get_env_fun(1, True, 0, "cpu")()
         env.reset()
-        model = env._suite.single_agent_env.unwrapped.model
+        model = env._copies[0].single_agent_env.unwrapped.model
         model.geom_matid[model.geom_bodyid > 0] = -1  # colours in place of materials, but for the floor
         model.geom_rgba[model.geom_bodyid > 0, :3] = 0.8
-        for i, part in enumerate(env._suite.agent_action_partitions):
+        for i, part in enumerate(env._copies[0].agent_action_partitions):
             bodies = [model.jnt_bodyid[model.actuator_trnid[joint.act_ids, 0]] for joint in part]
             model.geom_rgba[np.isin(model.geom_bodyid, bodies), :3] = colors[i % len(colors)]
         picture = Image.fromarray(env.render()).resize((size, size))

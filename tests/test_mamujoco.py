@@ -35,8 +35,10 @@ def config(task, **settings):
 
 
 def make(task, seed=0, **settings):
-    """One environment of the task, with the seed itself."""
-    return MamujocoEnv(**config(task, **settings).config, seed=seed)
+    """One environment of the task, with the seed itself; with ``num_envs`` so many at once."""
+    settings = {**task.get_from_yaml().config, **settings}
+    del settings["vectorized"]
+    return MamujocoEnv(**settings, seed=seed)
 
 
 def bare(task):
@@ -117,19 +119,20 @@ def test_all_of_the_librarys_partitions_are_as_there(task):
 )
 def test_partitions_by_name(task, actuators):
     env = make(task)
-    assert [[joint.act_ids for joint in part] for part in env._suite.agent_action_partitions] == actuators
+    assert [[joint.act_ids for joint in part] for part in env._copies[0].agent_action_partitions] == actuators
     # The robot is the same: the library with one of its own partitions, and the same torques.
     env, other = make(task, seed=3), MamujocoTask.ANT_4X2 if "ANT" in task.name else MamujocoTask.WALKER2D_2X3
     other = make(other, seed=3)
     (action,) = actions_of(env, 1)
-    torques = env._suite.map_local_actions_to_global_action(dict(zip(env._suite.possible_agents, action, strict=True)))
-    own = other._suite.map_global_action_to_local_actions(torques.astype(np.float32))
+    robot = env._copies[0]
+    torques = robot.map_local_actions_to_global_action(dict(zip(robot.possible_agents, action, strict=True)))
+    own = other._copies[0].map_global_action_to_local_actions(torques.astype(np.float32))
     same = torch.tensor(np.stack(list(own.values())))
     assert torch.equal(play(env, [action])["next", "state"], play(other, [same])["next", "state"])
 
 
 def test_a_humanoid_of_17_has_every_joint_once():
-    partition = make(MamujocoTask.HUMANOID_17X1)._suite.agent_action_partitions
+    partition = make(MamujocoTask.HUMANOID_17X1)._copies[0].agent_action_partitions
     assert sorted(joint.act_ids for (joint,) in partition) == list(range(17))
 
 
@@ -138,7 +141,7 @@ def test_specs(task):
     env = make(task)
     check_env_specs(env)
     names = task.get_from_yaml().group_map(env)["agents"]
-    assert names == env._suite.possible_agents
+    assert names == env._copies[0].possible_agents
 
 
 def test_how_far_agents_see():
@@ -209,15 +212,73 @@ def test_same_seed_same_run():
     assert torch.equal(play(again, actions)["state"], three["state"])
 
 
-def first_states(seed):
-    function = MamujocoTask.HALFCHEETAH_2X3.get_from_yaml().get_env_fun(4, True, seed, "cpu")
-    return SerialEnv(4, function).reset()["state"]
+def first_states(seed, vectorized):
+    function = config(MamujocoTask.HALFCHEETAH_2X3, vectorized=vectorized).get_env_fun(4, True, seed, "cpu")
+    return (function() if vectorized else SerialEnv(4, function)).reset()["state"]
 
 
-def test_copies_are_seeded_apart_and_alike_again():
-    assert len(first_states(0).unique(dim=0)) == 4
-    assert torch.equal(first_states(0), first_states(0))
-    assert len(torch.cat([first_states(0), first_states(1)]).unique(dim=0)) == 8
+@pytest.mark.parametrize("vectorized", [True, False])
+def test_copies_are_seeded_apart_and_alike_again(vectorized):
+    states = [first_states(seed, vectorized) for seed in (0, 0, 1)]
+    assert len(states[0].unique(dim=0)) == 4
+    assert torch.equal(*states[:2])
+    assert len(torch.cat(states[1:]).unique(dim=0)) == 8
+
+
+# Many at once
+
+
+@pytest.mark.parametrize("settings", [{}, {"agent_obsk": None}], ids=["part", "whole"])
+def test_many_at_once_are_as_many_alone(settings):
+    """Resets in the middle of the batch too: random Humanoids fall at unlike times."""
+    many = make(MamujocoTask.HUMANOID_9_8, num_envs=3, **settings)
+    check_env_specs(many)
+    many.set_seed(5)
+    seeds = list(many._seeds)
+    assert len(set(seeds)) == 3
+    alone = [make(MamujocoTask.HUMANOID_9_8, seed=seed, **settings) for seed in seeds]
+    actions = [actions_of(env, 80, seed=i) for i, env in enumerate(alone)]
+    steps = play(many, [torch.stack(together) for together in zip(*actions, strict=True)])
+    ends = steps["next", "done"].squeeze(-1)
+    assert (ends.sum(0) >= 1).all()
+    assert (ends.any(1) & ~ends.all(1)).any()
+    for i, env in enumerate(alone):
+        own = play(env, actions[i])
+        assert (steps[:, i] == own).all()
+
+
+def test_what_was_seen_is_not_written_over():
+    env = make(MamujocoTask.HOPPER_3X1, num_envs=2)
+    first = env.reset()
+    kept = first.clone()
+    env.rollout(5)
+    assert (first == kept).all()
+
+
+def test_robots_that_are_not_reset_go_on():
+    env, undisturbed = (make(MamujocoTask.HALFCHEETAH_2X3, num_envs=3) for _ in range(2))
+    actions = actions_of(env, 5)
+    last, true = play(env, actions[:4])[-1]["next"], play(undisturbed, actions)[-1]["next"]
+    again = env.reset(last.copy().set("_reset", torch.tensor([[False], [True], [False]])))
+    after = env.step(again.copy().set(("agents", "action"), actions[4]))["next"]
+    for key in ("state", ("agents", "observation")):
+        assert [torch.equal(again[key][i], last[key][i]) for i in range(3)] == [True, False, True]
+        assert [torch.equal(after[key][i], true[key][i]) for i in range(3)] == [True, False, True]
+
+
+def test_the_experiment_has_all_robots_in_one_environment(make_experiment):
+    experiment = make_experiment(ALGORITHMS["happo"].get_from_yaml(), task=humanoid(), on_policy_n_envs_per_worker=4)
+    env = experiment.env_func().base_env
+    assert (type(env), env.batch_size) == (MamujocoEnv, (4,))
+    assert experiment.action_spec["agents", "action"].shape == (2, 9)
+    assert experiment.observation_spec["agents", "observation"].shape == (2, 242)
+
+
+def test_processes_need_one_robot_each(make_experiment):
+    with pytest.raises(ValueError, match=r"experiment.parallel_collection=True.*task.vectorized=False"):
+        make_experiment(MappoConfig.get_from_yaml(), task=humanoid(), parallel_collection=True)
+    with pytest.raises(ValueError, match=r"task\.vectorized=1 must be True or False"):
+        make_experiment(MappoConfig.get_from_yaml(), task=config(MamujocoTask.HOPPER_3X1, vectorized=1))
 
 
 # Padding
@@ -318,10 +379,10 @@ def test_overrides_are_checked_by_hydra():
         with initialize_config_module("benchmarl.conf", version_base=None):
             choices = ["algorithm=mappo", "task=mamujoco/halfcheetah_2x3", *overrides]
             cfg = compose("config", overrides=choices)
-        return load_task_config_from_hydra(cfg.task, "mamujoco/halfcheetah_2x3").config
+        return load_task_config_from_hydra(cfg.task, "mamujoco/halfcheetah_2x3")
 
     own = load("task.agent_conf=null", "task.agent_factorization=[[bthigh,fthigh],[bshin,bfoot,fshin,ffoot]]")
-    assert MamujocoEnv(**own).executed.sum(-1).tolist() == [2, 4]
+    assert own.get_env_fun(2, True, 0, "cpu")().executed.sum(-1).tolist() == [2, 4]
     with pytest.raises(ConfigCompositionException, match=r"task\.max_steps=long"):
         load("task.max_steps=long")
 
@@ -425,7 +486,7 @@ def test_parallel_collection(make_experiment, monkeypatch):
 
     experiment = make_experiment(
         ALGORITHMS["happo"].get_from_yaml(),
-        task=config(MamujocoTask.HALFCHEETAH_2X3, max_steps=5),
+        task=config(MamujocoTask.HALFCHEETAH_2X3, max_steps=5, vectorized=False),
         callbacks=[OwnSeeds()],
         parallel_collection=True,
         on_policy_n_envs_per_worker=2,
@@ -473,20 +534,20 @@ def test_render():
 def test_closing_closes_the_library(monkeypatch):
     """Else MuJoCo's OpenGL is freed when Python ends, with complaints."""
     env, closed = TransformedEnv(make(MamujocoTask.HOPPER_3X1), Compose()), []
-    monkeypatch.setattr(type(env.base_env._suite), "close", lambda suite: closed.append(suite))
+    monkeypatch.setattr(type(env.base_env._copies[0]), "close", lambda suite: closed.append(suite))
     env.close()
-    assert closed == [env.base_env._suite]
+    assert closed == [env.base_env._copies[0]]
 
 
 def test_without_opengl_the_cure_is_named(monkeypatch):
     env = make(MamujocoTask.HOPPER_3X1)
-    monkeypatch.setattr(type(env._suite), "render", lambda suite: 1 / 0)
+    monkeypatch.setattr(type(env._copies[0]), "render", lambda suite: 1 / 0)
     with pytest.raises(RuntimeError, match=r"MUJOCO_GL to egl or osmesa, or run with experiment.render=False"):
         env.render()
 
 
 def test_without_opengl_nothing_is_collected(monkeypatch, make_experiment):
     task = config(MamujocoTask.HOPPER_3X1)
-    monkeypatch.setattr(type(make(MamujocoTask.HOPPER_3X1)._suite), "render", lambda suite: 1 / 0)
+    monkeypatch.setattr(type(make(MamujocoTask.HOPPER_3X1)._copies[0]), "render", lambda suite: 1 / 0)
     with pytest.raises(ValueError, match=r"experiment\.render=True: MuJoCo cannot render"):
         make_experiment(ALGORITHMS["happo"].get_from_yaml(), task=task, evaluation=True, render=True)

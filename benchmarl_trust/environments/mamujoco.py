@@ -10,12 +10,14 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from benchmarl.environments import TaskClass
+from benchmarl.experiment import ExperimentConfig
 from benchmarl.utils import DEVICE_TYPING
 from torch import Tensor
 from torchrl.data import Composite
@@ -65,7 +67,8 @@ class MamujocoEnv(PaddedEnv):
         agent_obsk (int, optional): an agent sees its own joints, and of others those up to so many joints away; None:
             the robot's whole observation, and which agent it is, as in the published code of HAPPO and HATRPO.
         max_steps (int): where an episode is truncated.
-        seed (int, optional): of the first reset.
+        num_envs (int, optional): how many robots there are, which is the batch size; None: one, without batch size.
+        seed (int, optional): what the seeds of the first resets follow from; a robot without batch size takes it.
         device (torch.device, str or int): where tensors are put.
 
     Raises:
@@ -73,9 +76,9 @@ class MamujocoEnv(PaddedEnv):
         ValueError: on a bad setting, with the key of the task that is to be changed.
 
     Examples:
-        >>> env = MamujocoEnv("Hopper", "3x1", None, 1, 1000, seed=0)  # doctest: +SKIP
+        >>> env = MamujocoEnv("Hopper", "3x1", None, 1, 1000, num_envs=20, seed=0)  # doctest: +SKIP
         >>> env.reset()["agents", "observation"].shape  # doctest: +SKIP
-        torch.Size([3, 9])
+        torch.Size([20, 3, 9])
     """
 
     def __init__(
@@ -85,17 +88,21 @@ class MamujocoEnv(PaddedEnv):
         agent_factorization: list[list[str]] | None,
         agent_obsk: int | None,
         max_steps: int,
+        num_envs: int | None = None,
         seed: int | None = None,
         device: DEVICE_TYPING = "cpu",
     ):
         whole = agent_obsk is None  # the library would make one agent of all
         obsk = 0 if agent_obsk is None else agent_obsk
         _check(scenario, agent_conf, agent_factorization, obsk, max_steps)
-        suite = _suite(scenario, agent_conf, agent_factorization, obsk, max_steps)
-        super().__init__(suite, seed, device, whole=whole)
+        robots = [
+            _suite(scenario, agent_conf, agent_factorization, obsk, max_steps)
+            for _ in range(1 if num_envs is None else num_envs)
+        ]
+        super().__init__(robots, seed, device, whole=whole, batched=num_envs is not None)
 
     def render(self) -> np.ndarray:
-        """A picture, [height, width, 3].
+        """A picture of the first robot, [height, width, 3].
 
         Raises:
             RuntimeError: where there is no OpenGL.
@@ -103,7 +110,7 @@ class MamujocoEnv(PaddedEnv):
         if sys.platform == "linux" and not os.environ.get("DISPLAY"):
             os.environ.setdefault("MUJOCO_GL", "egl")  # what MuJoCo looks at when it renders first
         try:
-            return cast(np.ndarray, self._suite.render())
+            return cast(np.ndarray, self._copies[0].render())
         except Exception as error:  # what OpenGL's backends raise is of many kinds
             raise RuntimeError(_NO_OPENGL) from error
 
@@ -202,13 +209,14 @@ def _robot(scenario: str, conf: str, max_steps: int) -> "gymnasium.Env":
 
 @dataclass
 class MamujocoConfig:
-    """Schema of the tasks: the settings of :class:`MamujocoEnv`."""
+    """Schema of the tasks: the settings of :class:`MamujocoEnv`, and whether it has all robots or each has its own."""
 
     scenario: str
     agent_conf: str | None
     agent_factorization: list[list[str]] | None
     agent_obsk: int | None
     max_steps: int
+    vectorized: bool
 
 
 class MamujocoClass(TaskClass):
@@ -217,18 +225,37 @@ class MamujocoClass(TaskClass):
     def get_env_fun(
         self, num_envs: int, continuous_actions: bool, seed: int | None, device: DEVICE_TYPING
     ) -> Callable[[], EnvBase]:
-        """A function that makes the robot, each time with another seed that follows from ``seed``.
+        """A function that makes the robots, with seeds that follow from ``seed``.
 
-        In processes of their own (``experiment.parallel_collection``) copies of the function begin alike: there
+        Without ``task.vectorized`` it makes one, each time with another seed. In processes of their own
+        (``experiment.parallel_collection``) copies of the function begin alike: there
         ``examples/parallel_collection.py`` gives each robot its seed.
         """
         config, seeds = copy.deepcopy(self.config), np.random.SeedSequence(seed)
+        if config.pop("vectorized"):
+            return partial(MamujocoEnv, **config, num_envs=num_envs, seed=seed, device=device)
 
         def make() -> MamujocoEnv:
             (own,) = seeds.spawn(1)
             return MamujocoEnv(**config, seed=int(own.generate_state(1)[0]), device=device)
 
         return make
+
+    def check_keys(self, experiment: ExperimentConfig) -> None:
+        """Look at what must be known before the robots are made.
+
+        Raises:
+            ValueError: on processes that BenchMARL would not start, since it starts none for a vectorized task.
+        """
+        vectorized = self.config["vectorized"]
+        if not isinstance(vectorized, bool):
+            raise ValueError(f"task.vectorized={vectorized} must be True or False. The usual value is True.")
+        if vectorized and experiment.parallel_collection:
+            raise ValueError(
+                "experiment.parallel_collection=True: the robots of a vectorized task take turns in one process. Run "
+                "examples/parallel_collection.py with task.vectorized=False, or with "
+                "experiment.parallel_collection=False."
+            )
 
     def supports_continuous_actions(self) -> bool:
         """Yes."""
@@ -270,15 +297,15 @@ class MamujocoClass(TaskClass):
 
     def observation_spec(self, env: EnvBase) -> Composite:
         """Observation [N, O] of the group."""
-        return Composite({GROUP: env.observation_spec[GROUP].clone()})
+        return Composite({GROUP: env.full_observation_spec_unbatched[GROUP].clone()})
 
     def action_spec(self, env: EnvBase) -> Composite:
         """Action [N, D] of the group."""
-        return env.full_action_spec
+        return env.full_action_spec_unbatched
 
     def state_spec(self, env: EnvBase) -> Composite | None:
         """The robot's observation as a whole, [S]."""
-        return Composite({"state": env.observation_spec["state"].clone()})
+        return Composite({"state": env.full_observation_spec_unbatched["state"].clone()})
 
     def info_spec(self, env: EnvBase) -> Composite | None:
         """None."""

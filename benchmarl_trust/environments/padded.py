@@ -1,8 +1,9 @@
-"""A parallel environment of PettingZoo's kind as one of TorchRL's, with agents of unlike sizes in one group.
+"""Parallel environments of PettingZoo's kind as one of TorchRL's, with agents of unlike sizes in one group.
 
-Shapes: N agents, O and D the lengths of the longest observation and action, S that of the state.
+Shapes: B copies, N agents, O and D the lengths of the longest observation and action, S that of the state.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -18,19 +19,25 @@ if TYPE_CHECKING:
 
 #: The group of all agents.
 GROUP = "agents"
+#: How TorchRL calls the ends of episodes.
+FLAGS = ("done", "terminated", "truncated")
 
 
 class PaddedEnv(EnvBase):
-    """One environment whose agents all act until the episode ends for all of them at once.
+    """Copies of an environment whose agents all act until the episode ends for all of them at once.
 
     Observations are padded with zeros at their end. Entries of an action beyond those that its agent has are not
-    executed. TorchRL's ``PettingZooWrapper`` refuses such agents, and is slower on padded ones.
+    executed. TorchRL's ``PettingZooWrapper`` refuses such agents, and is slower on padded ones. The copies take turns
+    within each step, so that TorchRL's own work of a step is done once for all of them.
 
     Args:
-        env (pettingzoo.ParallelEnv): with vectors as observations, boxes of vectors as actions, and ``state()``.
-        seed (int, optional): of the first reset; those that follow go on from there.
+        copies (sequence of pettingzoo.ParallelEnv): alike, with vectors as observations, boxes of vectors as actions,
+            and ``state()``.
+        seed (int, optional): what the seeds of the copies' first resets follow from; resets after them go on from
+            there. A copy that is not batched takes it itself.
         device (torch.device, str or int): where tensors are put. The environment itself computes on the CPU.
         whole (bool): whether each agent observes the state and behind it N numbers, 1 at its own place, else 0.
+        batched (bool): whether the batch size is [B]; else there is one copy, and it is [].
 
     Attributes:
         executed (Tensor): boolean, [N, D], True where an agent's action has an entry.
@@ -38,9 +45,16 @@ class PaddedEnv(EnvBase):
 
     executed: torch.Tensor
 
-    def __init__(self, env: "ParallelEnv", seed: int | None = None, device: DEVICE_TYPING = "cpu", whole: bool = False):
-        super().__init__(device=device, batch_size=torch.Size(()))
-        self._suite, self._seed, self._whole = env, seed, whole
+    def __init__(
+        self,
+        copies: Sequence["ParallelEnv"],
+        seed: int | None = None,
+        device: DEVICE_TYPING = "cpu",
+        whole: bool = False,
+        batched: bool = True,
+    ):
+        super().__init__(device=device, batch_size=torch.Size((len(copies),) if batched else ()))
+        env, self._copies, self._whole = copies[0], copies, whole
         self._names = list(env.possible_agents)
         boxes = [cast("Box", env.action_space(name)) for name in self._names]
         self._sizes = [len(box.low) for box in boxes]
@@ -54,53 +68,78 @@ class PaddedEnv(EnvBase):
             torch.tensor(np.stack([np.pad(bound, (0, longest - len(bound)), mode="edge") for bound in bounds]))
             for bounds in ([box.low for box in boxes], [box.high for box in boxes])
         )
-        shape = torch.Size((n_agents, max(self._lengths)))
-        self.action_spec = self._of_agents(action=Bounded(low, high, low.shape, dtype=torch.float32))
-        self.reward_spec = self._of_agents(reward=Unbounded(torch.Size((n_agents, 1))))
-        self.observation_spec = self._of_agents(observation=Unbounded(shape))
-        self.observation_spec["state"] = Unbounded(torch.Size(np.shape(env.state())), device=self.device)
-        flags = {name: Binary(1, torch.Size((1,)), dtype=torch.bool) for name in ("done", "terminated", "truncated")}
-        self.done_spec = Composite(flags).to(device)
+        n_state = len(env.state())
+        specs = {
+            "action": self._of_agents(action=Bounded(low, high, low.shape, dtype=torch.float32)),
+            "reward": self._of_agents(reward=Unbounded(torch.Size((n_agents, 1)))),
+            "observation": self._of_agents(observation=Unbounded(torch.Size((n_agents, max(self._lengths))))),
+            "done": Composite({key: Binary(1, torch.Size((1,)), dtype=torch.bool) for key in FLAGS}),
+        }
+        specs["observation"]["state"] = Unbounded(torch.Size((n_state,)))
+        for kind, spec in specs.items():
+            setattr(self, f"full_{kind}_spec_unbatched", spec.to(self.device))
+        self._observation = np.zeros((len(copies), n_agents, max(self._lengths)), dtype=np.float32)
+        self._state = np.zeros((len(copies), n_state), dtype=np.float32)
+        self._set_seed(seed)
 
     def _of_agents(self, **spec) -> Composite:
-        return Composite({GROUP: Composite(spec, shape=(len(self._names),))}).to(self.device)
-
-    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDict:
-        observations, _ = self._suite.reset(seed=self._seed)
-        self._seed = None
-        return self._pack(observations, terminated=False, truncated=False)
-
-    def _step(self, tensordict: TensorDictBase) -> TensorDict:
-        rows = tensordict[GROUP, "action"].detach().cpu().numpy()
-        actions = {name: row[:size] for name, row, size in zip(self._names, rows, self._sizes, strict=True)}
-        observations, rewards, terminated, truncated, _ = self._suite.step(actions)
-        reward = torch.tensor([[rewards[name]] for name in self._names], dtype=torch.float32)
-        first = self._names[0]
-        return self._pack(observations, terminated[first], truncated[first], reward=reward)
-
-    def _pack(self, observations: dict, terminated: bool, truncated: bool, **more: torch.Tensor) -> TensorDict:
-        state = self._suite.state().astype(np.float32)
-        observation = np.zeros((len(self._names), max(self._lengths)), dtype=np.float32)
-        if self._whole:
-            observation[:, : len(state)] = state
-            observation[:, len(state) :] = np.eye(len(self._names))
-        else:
-            for row, name, length in zip(observation, self._names, self._lengths, strict=True):
-                row[:length] = observations[name]
-        agents = {"observation": torch.from_numpy(observation), **more}
-        flags = torch.tensor([[terminated or truncated], [terminated], [truncated]])
-        packed = {
-            GROUP: TensorDict(agents, batch_size=(len(self._names),), device=self.device),
-            "state": torch.from_numpy(state),
-            **dict(zip(("done", "terminated", "truncated"), flags, strict=True)),
-        }
-        return TensorDict(packed, batch_size=(), device=self.device)
+        return Composite({GROUP: Composite(spec, shape=(len(self._names),))})
 
     def _set_seed(self, seed: int | None) -> None:
-        """The next reset is made with it."""
-        self._seed = seed
+        """The next resets are made with those that follow from it."""
+        if self.batch_size and seed is not None:
+            own = np.random.SeedSequence(seed).spawn(len(self._copies))
+            self._seeds: list[int | None] = [int(sequence.generate_state(1)[0]) for sequence in own]
+        else:
+            self._seeds = len(self._copies) * [seed]
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDict:
+        """New episodes where ``_reset`` says so. The others go on: TorchRL takes what is seen there from its input."""
+        chosen = None if tensordict is None else tensordict.get("_reset", None)
+        for i in range(len(self._copies)) if chosen is None else chosen.flatten().nonzero().flatten().tolist():
+            observations, _ = self._copies[i].reset(seed=self._seeds[i])
+            self._seeds[i] = None
+            self._look(i, observations)
+        return self._pack(np.zeros((3, len(self._copies), 1), dtype=bool))
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        actions = tensordict[GROUP, "action"].detach().cpu().numpy().reshape(len(self._copies), len(self._names), -1)
+        reward = np.zeros((*actions.shape[:2], 1), dtype=np.float32)
+        ends = np.zeros((3, len(self._copies), 1), dtype=bool)  # as FLAGS has them
+        for i, (env, rows) in enumerate(zip(self._copies, actions, strict=True)):
+            chosen = {name: row[:size] for name, row, size in zip(self._names, rows, self._sizes, strict=True)}
+            observations, rewards, terminated, truncated, _ = env.step(chosen)
+            self._look(i, observations)
+            reward[i, :, 0] = [rewards[name] for name in self._names]
+            first = self._names[0]
+            ends[:, i, 0] = terminated[first] or truncated[first], terminated[first], truncated[first]
+        return self._pack(ends, reward=self._batch(reward))
+
+    def _look(self, i: int, observations: dict) -> None:
+        """Write what copy ``i`` shows where it is kept."""
+        self._state[i] = state = self._copies[i].state()
+        if self._whole:
+            self._observation[i, :, : len(state)] = state
+            self._observation[i, :, len(state) :] = np.eye(len(self._names))
+        else:
+            for row, name, length in zip(self._observation[i], self._names, self._lengths, strict=True):
+                row[:length] = observations[name]
+
+    def _batch(self, values: np.ndarray) -> torch.Tensor:
+        """A copy of [B, ...] with the batch size in place of [B]."""
+        return torch.tensor(values).reshape(*self.batch_size, *values.shape[1:]).to(self.device)
+
+    def _pack(self, ends: np.ndarray, **more: torch.Tensor) -> TensorDict:
+        agents = {"observation": self._batch(self._observation), **more}
+        packed = {
+            GROUP: TensorDict(agents, batch_size=(*self.batch_size, len(self._names)), device=self.device),
+            "state": self._batch(self._state),
+            **{key: self._batch(flags) for key, flags in zip(FLAGS, ends, strict=True)},
+        }
+        return TensorDict(packed, batch_size=self.batch_size, device=self.device)
 
     def close(self, *, raise_if_closed: bool = True) -> None:
-        """Close the environment within too, and with it what it renders with."""
-        self._suite.close()
+        """Close the copies too, and with them what they render with."""
+        for env in self._copies:
+            env.close()
         super().close(raise_if_closed=raise_if_closed)

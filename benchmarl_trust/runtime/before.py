@@ -29,7 +29,7 @@ LOGGERS = {
 
 @runtime_checkable
 class Checked(Protocol):
-    """A configuration of ours."""
+    """A configuration or a task of ours."""
 
     def check_keys(self, experiment: ExperimentConfig) -> None:
         """Refuse what is wrong in itself or for this experiment."""
@@ -68,8 +68,9 @@ def check_plan(plan: Plan) -> None:
     check_devices(plan)
     check_loggers(plan.config.loggers)
     check_folder(plan.config.save_folder)
-    for config in plan.ours:
-        config.check_keys(plan.config)
+    for config in (*plan.ours, plan.task):
+        if isinstance(config, Checked):
+            config.check_keys(plan.config)
     if plan.config.restore_file is not None:
         if not isinstance(plan.config.restore_file, str | Path):
             raise ValueError(f"experiment.restore_file={plan.config.restore_file} must be null or the path of a file.")
