@@ -149,41 +149,110 @@ def test_what_is_saved_is_not_run_again(tmp_path, monkeypatch):
     assert [(run.arm, run.seed) for run in started] == [("b", 0), ("b", 1)]
 
 
-# Which tasks are taken
+# What is chosen by rule
 
 
 @pytest.fixture
-def bounds(monkeypatch):
+def choose(monkeypatch):
+    """The module, and its command line."""
     monkeypatch.syspath_prepend(str(FILE.parent))
-    return importlib.import_module("bounds")
+    module = importlib.import_module("choose")
+
+    def command(rule, results):
+        monkeypatch.setattr(sys, "argv", ["choose.py", rule, "--results", str(results)])
+        module.main()
+
+    module.command = command
+    return module
 
 
-def test_the_return_of_random_actions(bounds):
+def saved(results, part, task, arm, curve, kl=()):
+    curves = {"return": {at: float(value) for at, value in curve.items()}, "kl": dict(kl)}
+    run = SavedRun(task, "any", 100, [], curves, frames=max(curve), planned=max(curve), label=arm)
+    compact.save([run], results / part)
+
+
+def test_the_return_of_random_actions(choose):
     game = TrustGamesTask.DIFFERENTIAL.get_from_yaml().config
     steps = torch.linspace(-game["action_range"], game["action_range"], 401, dtype=torch.float64)
     actions = torch.cartesian_prod(steps, steps) + torch.tensor(game["start"], dtype=torch.float64)
     mean = differential_reward(actions.clamp(game["low"], game["high"])).mean()
-    assert bounds.random_return("trust_games/differential", 20_000) == pytest.approx(float(mean), abs=0.01)
+    assert choose.random_return("trust_games/differential", 20_000) == pytest.approx(float(mean), abs=0.01)
 
 
-def test_a_task_is_taken_where_mappo_has_come_half_of_the_way(bounds, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bounds, "random_return", lambda name: -2.0)
+def test_a_task_is_taken_where_mappo_has_come_half_of_the_way(choose, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(choose, "random_return", lambda name: -2.0)
     curve = {80_000: -9, 160_000: 2, 200_000: 3, 240_000: 4, 640_000: 7, 680_000: 8, 720_000: 9}
     curves = {"rises": curve, "late": curve | {240_000: 3.9}, "falls": dict.fromkeys(curve, -2.5)}
     for name, curve in curves.items():
-        returns = {at: float(value) for at, value in curve.items()}
-        run = SavedRun(f"vmas/{name}", "mappo", 100, [], {"return": returns}, frames=720_000, label="mappo")
-        compact.save([run], tmp_path)
-    monkeypatch.setattr(sys, "argv", ["bounds.py", "--screen", str(tmp_path), "--out", str(tmp_path)])
-    bounds.main()
+        saved(tmp_path, "screen", f"vmas/{name}", "mappo", curve)
+    choose.command("tasks", tmp_path)
     rows = capsys.readouterr().out.splitlines()[2:]
     assert rows == [
         "| `vmas/falls` | -2.00 | -2.50 | -2.50 | 1.00 | no |",
         "| `vmas/late` | -2.00 | 2.97 | 8.00 | 0.50 | no |",
         "| `vmas/rises` | -2.00 | 3.00 | 8.00 | 0.50 | yes |",
     ]
-    (name, entry), *others = aggregates.read_bounds([tmp_path / "bounds.json"], "return").items()
+    file = tmp_path / "tuned" / "bounds.json"
+    (name, entry), *others = aggregates.read_bounds([file], "return").items()
     assert (name, entry["low"], entry["high"], others) == ("vmas/rises", -2.0, 8.0, [])
+
+
+def part_of(out, name):
+    """The part of the plan that was printed, as the runner takes it."""
+    printed = yaml.safe_load(out[out.index(f"{name}:") :])
+    return study.planned({"settings": [], "arms": PLAN["arms"], "further_arms": PLAN["further_arms"], "parts": printed})
+
+
+def test_the_radius_of_the_largest_area_is_taken(choose, tmp_path, capsys):
+    def values(radius):
+        ((_, found),) = radius.items()
+        return found
+
+    radii = {arm: values(radius) for arm, radius in PLAN["parts"]["tuning"]["radius"].items()}
+    for arm, (small, usual, large) in radii.items():
+        saved(tmp_path, "tuning", "vmas/balance", f"{arm} {small:g}", {0: 1, 10: 3, 20: 9})  # ends best, area 4
+        saved(tmp_path, "tuning", "vmas/balance", f"{arm} {usual:g}", {0: 1, 10: 7, 20: 3})  # area 4.5
+        if (arm, large) != ("hatrpog", 0.03):
+            saved(tmp_path, "tuning", "vmas/balance", f"{arm} {large:g}", {0: 3, 10: 6, 20: 3})  # area 4.5 too
+    with pytest.raises(ValueError, match=r"hatrpog has not been run with 0\.03"):
+        choose.command("radii", tmp_path)
+    saved(tmp_path, "tuning", "vmas/balance", "hatrpog 0.03", {0: 9, 10: 9, 20: 9})
+    capsys.readouterr()
+    choose.command("radii", tmp_path)
+    out = capsys.readouterr().out
+    assert "| `mars` | 0.2 | 4.50 | yes |\n| `mars` | 0.45 | 4.50 |  |" in out
+    runs = part_of(out.replace("radius:", "tasks: [vmas/balance]\n  seeds: [0]\n  radius:"), "tuned")
+    assert {run.arm for run in runs} == {
+        f"{arm} {0.03 if arm == 'hatrpog' else usual:g}" for arm, (_, usual, _) in radii.items()
+    }
+
+
+def test_a_radius_of_equal_kl(choose):
+    grid = {0.2: 0.004, 0.1: 0.001, 0.8: 0.001}  # up as a square, then down
+    assert choose.radius_of(0.002, grid) == pytest.approx(0.1 * 2**0.5, abs=5e-4)
+    assert [choose.radius_of(kl, grid) for kl in (0.001, 0.004)] == [0.1, 0.2]
+    assert [choose.radius_of(kl, grid) for kl in (0.0009, 0.0041)] == [None, None]
+
+
+def test_radii_of_equal_kl_for_each_task(choose, tmp_path, capsys):
+    for task, scale in (("vmas/balance", 1.0), ("vmas/navigation", 4.0)):
+        for arm, radius in PLAN["parts"]["matching"]["radius"].items():
+            for value in radius["algorithm.epsilon"]:
+                kl = 0.1 * value**2 * (scale if arm == "mars" else 1)
+                saved(tmp_path, "matching", task, f"{arm} {value:g}", {10: 1, 20: 2}, kl={10: kl, 20: kl})
+    choose.command("matched", tmp_path)
+    out = capsys.readouterr().out
+    head, tail = "tasks:", "seeds: [0]\n  tasks:"
+    balance = part_of(out[: out.index("# vmas/nav")].replace(head, tail), "matched_balance")
+    expected = {"maspo": [0.2, 0.45], "log": [0.2, 0.45], "clip": [0.2], "mars": [0.2, 0.45]}
+    assert {run.arm for run in balance} == {f"{arm} {value:g}" for arm, values in expected.items() for value in values}
+    assert {run.task for run in balance} == {"vmas/balance"}
+    navigation = part_of(out.replace(head, tail), "matched_navigation")
+    expected |= {"maspo": [0.4, 0.9], "log": [0.4, 0.9], "clip": []}
+    arms = {run.arm for run in navigation}
+    assert arms == {f"{arm} {value:g}" for arm, values in expected.items() for value in values}
+    assert "# vmas/navigation: clip does not reach the KL of MARS at 0.2 in its grid." in out
 
 
 @pytest.mark.slow
