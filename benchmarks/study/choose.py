@@ -4,9 +4,9 @@
     python benchmarks/study/choose.py radii    # from `tuning`: the part `tuned`, to be added to the plan
     python benchmarks/study/choose.py matched  # from `matching`: the parts `matched_<task>`
 
-Tasks: two returns of a task are its bounds: 0 is that of uniformly random actions, mean over 600 episodes; 1 the mean of
-MAPPO's last three evaluations at three times the budget. A task is taken if the mean of MAPPO's last three evaluations
-within the budget has come at least half of the way. Printed is the table of all tasks that were screened;
+Tasks: two returns of a task are its bounds: 0 is that of uniformly random actions, mean over 600 episodes; 1 the mean
+of MAPPO's last three evaluations at three times the budget. A task is taken if the mean of MAPPO's last three
+evaluations within the budget has come at least half of the way. Printed is the table of all tasks that were screened;
 ``bounds.json``, for the report, holds those that are taken.
 
 Radii: of each arm's values that with the largest area under the evaluation curve; of equals the smallest.
