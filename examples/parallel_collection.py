@@ -5,7 +5,7 @@
 
 This is BenchMARL's own command line, with all its overrides and ``-m``, and one callback. Without
 ``experiment.parallel_collection=True`` the copies take turns in one process, which is as fast where a step is cheap.
-PettingZoo's tasks need the extra ``pettingzoo``.
+PettingZoo's tasks need the extra ``pettingzoo``; MaMuJoCo's run in processes with ``task.vectorized=False``.
 """
 
 import hydra

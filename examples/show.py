@@ -71,6 +71,10 @@ def draw(file: Path, device: str = "cpu", steps: int | None = None, seed: int | 
         # The hosts print the name of the run and where results would be.
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             recorder = record(file.resolve(), folder, device, steps, seed)
+    except ValueError as error:
+        if "OpenGL" in str(error):  # a task that says itself what to install
+            raise SystemExit(str(error)) from error
+        raise
     except Exception as error:
         if type(error).__module__.startswith("pyglet") or "OpenGL" in str(error):
             raise SystemExit(NO_OPENGL.format(error=type(error).__name__)) from error

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_module
 from hydra.errors import ConfigCompositionException
 from tensordict.nn.distributions import NormalParamExtractor
 from torchrl.envs import Compose, SerialEnv, TransformedEnv
-from torchrl.envs.utils import check_env_specs
+from torchrl.envs.utils import ExplorationType, check_env_specs, set_exploration_type
 
 from benchmarl_trust import ALGORITHMS
 from benchmarl_trust.environments import MamujocoEnv, MamujocoTask
@@ -277,6 +277,8 @@ def test_the_experiment_has_all_robots_in_one_environment(make_experiment):
 def test_processes_need_one_robot_each(make_experiment):
     with pytest.raises(ValueError, match=r"experiment.parallel_collection=True.*task.vectorized=False"):
         make_experiment(MappoConfig.get_from_yaml(), task=humanoid(), parallel_collection=True)
+    with pytest.raises(ValueError, match=r"task.vectorized=False"):
+        make_experiment(MappoConfig.get_from_yaml(), task=MamujocoTask.HOPPER_3X1, parallel_collection=True)
     with pytest.raises(ValueError, match=r"task\.vectorized=1 must be True or False"):
         make_experiment(MappoConfig.get_from_yaml(), task=config(MamujocoTask.HOPPER_3X1, vectorized=1))
 
@@ -405,6 +407,32 @@ def test_run(name, run):
     assert experiment.state_spec["state"].shape == (11,)
     for loss in experiment.losses.values():
         assert all(parameter.isfinite().all() for parameter in loss.parameters())
+
+
+def test_robots_in_environments_of_their_own(run):
+    """Without processes, which the slow test below has."""
+    task = config(MamujocoTask.HOPPER_3X1, max_steps=5, vectorized=False)
+    experiment = run(ALGORITHMS["happo"].get_from_yaml(), task=task, evaluation=True)
+    assert isinstance(experiment.env_func().base_env, SerialEnv)
+    assert scalars(experiment)["eval_reward_episode_len_mean"] == [5, 5]
+
+
+def test_an_evaluation_is_of_the_first_episode_of_each_robot(make_experiment):
+    """They fall at unlike times and then begin anew, which does not count."""
+    experiment = make_experiment(
+        ALGORITHMS["happo"].get_from_yaml(), task=humanoid(max_steps=80), evaluation=True, evaluation_episodes=3
+    )
+    experiment.evaluate()
+    seeds = [int(own.generate_state(1)[0]) for own in np.random.SeedSequence(experiment.seed).spawn(3)]
+    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        alone = [make(MamujocoTask.HUMANOID_9_8, seed=seed).rollout(80, experiment.policy) for seed in seeds]
+    lengths = [len(rollout) for rollout in alone]
+    assert len(set(lengths)) > 1
+    assert max(lengths) < 80
+    returns = [rollout["next", "agents", "reward"].mean(1).sum().item() for rollout in alone]
+    logged = scalars(experiment)
+    assert logged["eval_reward_episode_len_mean"] == pytest.approx([np.mean(lengths)], rel=1e-5)
+    assert logged["eval_reward_episode_reward_mean"] == pytest.approx([np.mean(returns)], rel=1e-4)
 
 
 def test_same_seed_same_training(run):

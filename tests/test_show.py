@@ -155,3 +155,17 @@ def test_vmas_is_drawn_without_a_display(checkpoint, main, monkeypatch):
         assert (picture.size, picture.n_frames) == ((400, 400), 9)
         colours = picture.convert("RGB").getcolors(400 * 400)
     assert len(colours) > 3  # ground, package, agents
+
+
+def test_a_task_that_says_itself_what_to_install_is_heard(show, monkeypatch, tmp_path):
+    (tmp_path / "config.pkl").touch()
+    checkpoint = tmp_path / "checkpoints" / "checkpoint_6000.pt"
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+
+    def no_opengl(*args):
+        raise ValueError("MuJoCo found no OpenGL. Install OSMesa.")
+
+    monkeypatch.setattr(show, "record", no_opengl)
+    with pytest.raises(SystemExit, match=r"^MuJoCo found no OpenGL\. Install OSMesa\.$"):
+        show.draw(checkpoint)

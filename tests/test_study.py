@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import itertools
 import os
 import shutil
 import signal
@@ -168,7 +169,9 @@ def choose(monkeypatch):
 
 def saved(results, part, task, arm, curve, kl=()):
     curves = {"return": {at: float(value) for at, value in curve.items()}, "kl": dict(kl)}
-    run = SavedRun(task, "any", 100, [], curves, frames=max(curve), planned=max(curve), label=arm)
+    run = SavedRun(
+        task, "any", *PLAN["parts"][part]["seeds"], [], curves, frames=max(curve), planned=max(curve), label=arm
+    )
     compact.save([run], results / part)
 
 
@@ -183,24 +186,24 @@ def test_the_return_of_random_actions(choose):
 def test_a_task_is_taken_where_mappo_has_come_half_of_the_way(choose, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(choose, "random_return", lambda name: -2.0)
     curve = {80_000: -9, 160_000: 2, 200_000: 3, 240_000: 4, 640_000: 7, 680_000: 8, 720_000: 9}
-    curves = {"rises": curve, "late": curve | {240_000: 3.9}, "falls": dict.fromkeys(curve, -2.5)}
-    for name, curve in curves.items():
-        saved(tmp_path, "screen", f"vmas/{name}", "mappo", curve)
+    late, falls = curve | {240_000: 3.9}, dict.fromkeys(curve, -2.5)
+    for task in PLAN["parts"]["screen"]["tasks"]:
+        own = {"vmas/balance": late, "vmas/navigation": curve}.get(task, falls)
+        saved(tmp_path, "screen", task, "mappo", own)
     choose.command("tasks", tmp_path)
     rows = capsys.readouterr().out.splitlines()[2:]
-    assert rows == [
-        "| `vmas/falls` | -2.00 | -2.50 | -2.50 | 1.00 | no |",
-        "| `vmas/late` | -2.00 | 2.97 | 8.00 | 0.50 | no |",
-        "| `vmas/rises` | -2.00 | 3.00 | 8.00 | 0.50 | yes |",
-    ]
+    assert rows[0] == "| `vmas/balance` | -2.00 | 2.97 | 8.00 | 0.50 | no |"
+    assert rows[1] == "| `vmas/ball_passage` | -2.00 | -2.50 | -2.50 | 1.00 | no |"
+    assert "| `vmas/navigation` | -2.00 | 3.00 | 8.00 | 0.50 | yes |" in rows
+    assert len(rows) == len(PLAN["parts"]["screen"]["tasks"])
     file = tmp_path / "tuned" / "bounds.json"
     (name, entry), *others = aggregates.read_bounds([file], "return").items()
-    assert (name, entry["low"], entry["high"], others) == ("vmas/rises", -2.0, 8.0, [])
+    assert (name, entry["low"], entry["high"], others) == ("vmas/navigation", -2.0, 8.0, [])
 
 
 def part_of(out, name):
     """The part of the plan that was printed, as the runner takes it."""
-    printed = yaml.safe_load(out[out.index(f"{name}:") :])
+    printed = yaml.safe_load(out[out.index(f"{name}:") :].partition("\n\n")[0])
     return study.planned({"settings": [], "arms": PLAN["arms"], "further_arms": PLAN["further_arms"], "parts": printed})
 
 
@@ -209,23 +212,25 @@ def test_the_radius_of_the_largest_area_is_taken(choose, tmp_path, capsys):
         ((_, found),) = radius.items()
         return found
 
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "bounds.json").write_text('{"vmas/balance": {}, "vmas/wheel": {}}')
     radii = {arm: values(radius) for arm, radius in PLAN["parts"]["tuning"]["radius"].items()}
     for arm, (small, usual, large) in radii.items():
         saved(tmp_path, "tuning", "vmas/balance", f"{arm} {small:g}", {0: 1, 10: 3, 20: 9})  # ends best, area 4
         saved(tmp_path, "tuning", "vmas/balance", f"{arm} {usual:g}", {0: 1, 10: 7, 20: 3})  # area 4.5
         if (arm, large) != ("hatrpog", 0.03):
             saved(tmp_path, "tuning", "vmas/balance", f"{arm} {large:g}", {0: 3, 10: 6, 20: 3})  # area 4.5 too
-    with pytest.raises(ValueError, match=r"hatrpog has not been run with 0\.03"):
+    with pytest.raises(ValueError, match=r"tuning is not whole: vmas/balance hatrpog 0\.03 seed 101\."):
         choose.command("radii", tmp_path)
     saved(tmp_path, "tuning", "vmas/balance", "hatrpog 0.03", {0: 9, 10: 9, 20: 9})
-    capsys.readouterr()
     choose.command("radii", tmp_path)
     out = capsys.readouterr().out
     assert "| `mars` | 0.2 | 4.50 | yes |\n| `mars` | 0.45 | 4.50 |  |" in out
-    runs = part_of(out.replace("radius:", "tasks: [vmas/balance]\n  seeds: [0]\n  radius:"), "tuned")
+    runs = part_of(out, "tuned")
     assert {run.arm for run in runs} == {
         f"{arm} {0.03 if arm == 'hatrpog' else usual:g}" for arm, (_, usual, _) in radii.items()
     }
+    assert {(run.task, run.seed) for run in runs} == set(itertools.product(["vmas/balance", "vmas/wheel"], range(5)))
 
 
 def test_a_radius_of_equal_kl(choose):
@@ -233,26 +238,43 @@ def test_a_radius_of_equal_kl(choose):
     assert choose.radius_of(0.002, grid) == pytest.approx(0.1 * 2**0.5, abs=5e-4)
     assert [choose.radius_of(kl, grid) for kl in (0.001, 0.004)] == [0.1, 0.2]
     assert [choose.radius_of(kl, grid) for kl in (0.0009, 0.0041)] == [None, None]
+    assert choose.radius_of(0.001, {0.1: 0.002, 0.2: 0.0}) is None  # falls
+    assert choose.radius_of(0.001, {0.1: 0.001, 0.2: 0.001}) is None  # does not rise
+
+
+def save_matching(results, missing=()):
+    """KLs that are squares of the radii; MARS's four times as large on navigation."""
+    for task, scale in (("vmas/balance", 1.0), ("vmas/navigation", 4.0)):
+        for arm, radius in PLAN["parts"]["matching"]["radius"].items():
+            for value in set(radius["algorithm.epsilon"]) - set(missing):
+                kl = 0.1 * value**2 * (scale if arm == "mars" else 1)
+                saved(results, "matching", task, f"{arm} {value:g}", {10: 1, 20: 2}, kl={10: kl, 20: kl})
 
 
 def test_radii_of_equal_kl_for_each_task(choose, tmp_path, capsys):
-    for task, scale in (("vmas/balance", 1.0), ("vmas/navigation", 4.0)):
-        for arm, radius in PLAN["parts"]["matching"]["radius"].items():
-            for value in radius["algorithm.epsilon"]:
-                kl = 0.1 * value**2 * (scale if arm == "mars" else 1)
-                saved(tmp_path, "matching", task, f"{arm} {value:g}", {10: 1, 20: 2}, kl={10: kl, 20: kl})
+    save_matching(tmp_path)
     choose.command("matched", tmp_path)
     out = capsys.readouterr().out
-    head, tail = "tasks:", "seeds: [0]\n  tasks:"
-    balance = part_of(out[: out.index("# vmas/nav")].replace(head, tail), "matched_balance")
+    assert "| `vmas/navigation` | `mars` | 0.2 | 0.016 |" in out
+    balance = part_of(out, "matched_balance")
     expected = {"maspo": [0.2, 0.45], "log": [0.2, 0.45], "clip": [0.2], "mars": [0.2, 0.45]}
     assert {run.arm for run in balance} == {f"{arm} {value:g}" for arm, values in expected.items() for value in values}
-    assert {run.task for run in balance} == {"vmas/balance"}
-    navigation = part_of(out.replace(head, tail), "matched_navigation")
+    assert {(run.task, run.seed) for run in balance} == {("vmas/balance", seed) for seed in range(5)}
+    navigation = part_of(out, "matched_navigation")
     expected |= {"maspo": [0.4, 0.9], "log": [0.4, 0.9], "clip": []}
     arms = {run.arm for run in navigation}
     assert arms == {f"{arm} {value:g}" for arm, values in expected.items() for value in values}
-    assert "# vmas/navigation: clip does not reach the KL of MARS at 0.2 in its grid." in out
+    assert "# vmas/navigation: the KL of clip does not rise through that of MARS at 0.2." in out
+
+
+def test_no_radii_from_what_is_not_whole(choose, tmp_path):
+    save_matching(tmp_path, missing=[0.45])
+    with pytest.raises(ValueError, match=r"matching is not whole: vmas/balance mars 0\.45 seed 102"):
+        choose.command("matched", tmp_path)
+    save_matching(tmp_path)
+    saved(tmp_path, "matching", "vmas/balance", "clip 0.05", {10: 1, 20: 2})
+    with pytest.raises(ValueError, match=r"clip 0\.05, seed 102.*: its kl is not finite"):
+        choose.command("matched", tmp_path)
 
 
 @pytest.mark.slow

@@ -11,8 +11,11 @@ evaluations within the budget has come at least half of the way. Printed is the 
 
 Radii: of each arm's values that with the largest area under the evaluation curve; of equals the smallest.
 
-Equal KL: for each radius of MARS that of each other arm at which the KL per iteration is MARS's, linear between the
-grid's neighbouring values in the logarithms of both. Where the grid does not reach it there is none, which is said.
+Equal KL: for each radius of MARS that of each other arm at which the KL per iteration is MARS's: the smallest at which
+it rises through it, linear between the grid's neighbouring values in the logarithms of both. Where it does not, there
+is none, which is said.
+
+A part that is not whole is refused.
 """
 
 import argparse
@@ -25,13 +28,14 @@ from pathlib import Path
 import torch
 import yaml
 from benchmarl.environments import task_config_registry
-from run import PLAN
+from run import PLAN, planned
 
 from benchmarl_trust.report.compact import load
 from benchmarl_trust.report.runs import Run
 from benchmarl_trust.report.statistics import cells
 
 EPISODES = 600
+SEEDS = [0, 1, 2, 3, 4]  # of the parts that are printed
 COVERED = 0.5  # of the way from random actions to three times the budget, for a task to be taken
 
 
@@ -73,31 +77,44 @@ def budget_of(plan: dict) -> int:
     return int(frames)
 
 
-def areas(runs: list[Run]) -> dict[str, dict[float, float]]:
-    """By arm: the area under the evaluation curve by radius."""
-    found: dict[str, dict[float, float]] = defaultdict(dict)
-    for cell in cells(runs, "return", None, []):
-        arm, _, radius = cell.label.rpartition(" ")
-        found[arm][float(radius)] = float(cell.scores["area"].mean())
-    return found
+def saved_part(name: str, plan: dict, results: Path) -> list[Run]:
+    """The saved runs of a part.
+
+    Raises:
+        ValueError: where one of them is not there or has not come to its end.
+    """
+    runs = load(results / name)
+    wanted = {(run.task, run.arm, run.seed) for run in planned(plan) if run.part == name}
+    missing = wanted - {(run.task, run.label, run.seed) for run in runs if run.finished}
+    if missing:
+        raise ValueError(f"{name} is not whole: {', '.join(f'{t} {a} seed {s}' for t, a, s in sorted(missing))}.")
+    return runs
 
 
-def best(by_radius: dict[float, float]) -> float:
-    """The radius of the largest area."""
-    return max(sorted(by_radius), key=lambda radius: by_radius[radius])
+def by_radius(runs: list[Run], score: str) -> dict[str, dict[str, dict[float, float]]]:
+    """By task and arm: a score by radius.
 
-
-def kls(runs: list[Run]) -> dict[str, dict[str, dict[float, float]]]:
-    """By task and arm: the KL per iteration by radius."""
+    Raises:
+        ValueError: where one is not finite.
+    """
     found: dict[str, dict[str, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
     for cell in cells(runs, "return", None, []):
         arm, _, radius = cell.label.rpartition(" ")
-        found[cell.task][arm][float(radius)] = float(cell.scores["kl"].mean())
+        found[cell.task][arm][float(radius)] = float(cell.scores[score].mean())
+    for run in runs:
+        arm, _, radius = run.label.rpartition(" ")
+        if not math.isfinite(found[run.task][arm].get(float(radius), math.nan)):
+            raise ValueError(f"{run.name}: its {score} is not finite, or its returns are not.")
     return found
 
 
+def best(areas: dict[float, float]) -> float:
+    """The radius of the largest area."""
+    return max(sorted(areas), key=lambda radius: areas[radius])
+
+
 def radius_of(kl: float, grid: dict[float, float]) -> float | None:
-    """The radius with this KL, between two neighbours of the grid; None where none of it has less, or more.
+    """The smallest radius at which the KL rises through this one, between two neighbours of the grid; None: nowhere.
 
     Examples:
         >>> radius_of(0.01, {0.1: 0.001, 0.4: 0.1})
@@ -105,7 +122,7 @@ def radius_of(kl: float, grid: dict[float, float]) -> float | None:
         >>> radius_of(1.0, {0.1: 0.001, 0.4: 0.1})
     """
     for (left, below), (right, above) in itertools.pairwise(sorted(grid.items())):
-        if below <= kl <= above:
+        if 0 < below <= kl <= above and below < above:
             share = math.log(kl / below) / math.log(above / below)
             return float(f"{left * (right / left) ** share:.3g}")
     return None
@@ -114,7 +131,7 @@ def radius_of(kl: float, grid: dict[float, float]) -> float | None:
 def print_tasks(plan: dict, results: Path) -> None:
     """The table of the tasks, and the file of the bounds."""
     budget = budget_of(plan)
-    tasks = screened(load(results / "screen"), budget)
+    tasks = screened(saved_part("screen", plan, results), budget)
     print(
         f"| task | random | MAPPO, {budget} frames | at its end | share of the way | taken |\n|---|---|---|---|---|---|"
     )
@@ -132,31 +149,41 @@ def print_tasks(plan: dict, results: Path) -> None:
 
 
 def print_radii(plan: dict, results: Path) -> None:
-    """The table of the areas, and the radii as the plan has them."""
-    found, part = areas(load(results / "tuning")), {}
+    """The table of the areas, and the part that follows from them."""
+    ((_, found),) = by_radius(saved_part("tuning", plan, results), "area").items()
     print("| arm | radius | area | chosen |\n|---|---|---|---|")
-    for arm, by_radius in found.items():
-        for radius, value in sorted(by_radius.items()):
-            print(f"| `{arm}` | {radius:g} | {value:.2f} | {'yes' if radius == best(by_radius) else ''} |")
-    for arm, radius in plan["parts"]["tuning"]["radius"].items():
-        missing = {value for (values,) in [radius.values()] for value in values} - found[arm].keys()
-        if missing:
-            raise ValueError(f"tuning: {arm} has not been run with {', '.join(map(str, sorted(missing)))}.")
-        part[arm] = {key: [best(found[arm])] for key in radius}
-    print("\n" + yaml.safe_dump({"tuned": {"radius": part}}, sort_keys=False))
+    for arm, areas in found.items():
+        for radius, value in sorted(areas.items()):
+            print(f"| `{arm}` | {radius:g} | {value:.2f} | {'yes' if radius == best(areas) else ''} |")
+    radii = {
+        arm: {key: [best(found[arm])] for key in radius} for arm, radius in plan["parts"]["tuning"]["radius"].items()
+    }
+    tasks = list(json.loads((results / "tuned" / "bounds.json").read_text()))
+    print_part("tuned", tasks, radii)
 
 
 def print_matched(plan: dict, results: Path) -> None:
-    """The radii of equal KL as the plan has them, a part for each task."""
+    """The table of the KLs, and the parts that follow from them, one for each task."""
     keys = {arm: next(iter(radius)) for arm, radius in plan["parts"]["matching"]["radius"].items()}
-    for task, grids in kls(load(results / "matching")).items():
-        part = {"mars": {keys["mars"]: sorted(grids["mars"])}}
-        for arm in (arm for arm in keys if arm != "mars"):
-            radii = {aim: radius_of(kl, grids[arm]) for aim, kl in sorted(grids["mars"].items())}
-            part[arm] = {keys[arm]: [radius for radius in radii.values() if radius is not None]}
-            for aim in (aim for aim, radius in radii.items() if radius is None):
-                print(f"# {task}: {arm} does not reach the KL of MARS at {aim:g} in its grid.")
-        print(yaml.safe_dump({f"matched_{task.split('/')[-1]}": {"radius": part, "tasks": [task]}}, sort_keys=False))
+    found = by_radius(saved_part("matching", plan, results), "kl")
+    print("| task | arm | radius | KL per iteration |\n|---|---|---|---|")
+    for task, arm in itertools.product(found, keys):
+        for radius, kl in sorted(found[task][arm].items()):
+            print(f"| `{task}` | `{arm}` | {radius:g} | {kl:.2g} |")
+    for task, grids in found.items():
+        aims = sorted(grids["mars"].items())
+        radii = {}
+        for arm, key in keys.items():
+            own = {aim: aim if arm == "mars" else radius_of(kl, grids[arm]) for aim, kl in aims}
+            radii[arm] = {key: [radius for radius in own.values() if radius is not None]}
+            for aim in (aim for aim, radius in own.items() if radius is None):
+                print(f"# {task}: the KL of {arm} does not rise through that of MARS at {aim:g}.")
+        print_part(f"matched_{task.split('/')[-1]}", [task], radii)
+
+
+def print_part(name: str, tasks: list[str], radii: dict[str, dict[str, list[float]]]) -> None:
+    """A part as the plan has it."""
+    print("\n" + yaml.safe_dump({name: {"tasks": tasks, "seeds": SEEDS, "radius": radii}}, sort_keys=False, width=120))
 
 
 RULES = {"tasks": print_tasks, "radii": print_radii, "matched": print_matched}

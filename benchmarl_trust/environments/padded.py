@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 #: The group of all agents.
 GROUP = "agents"
-#: How TorchRL calls the ends of episodes.
+#: TorchRL's names for the ends of episodes.
 FLAGS = ("done", "terminated", "truncated")
 
 
@@ -69,21 +69,19 @@ class PaddedEnv(EnvBase):
             for bounds in ([box.low for box in boxes], [box.high for box in boxes])
         )
         n_state = len(env.state())
-        specs = {
-            "action": self._of_agents(action=Bounded(low, high, low.shape, dtype=torch.float32)),
-            "reward": self._of_agents(reward=Unbounded(torch.Size((n_agents, 1)))),
-            "observation": self._of_agents(observation=Unbounded(torch.Size((n_agents, max(self._lengths))))),
-            "done": Composite({key: Binary(1, torch.Size((1,)), dtype=torch.bool) for key in FLAGS}),
-        }
-        specs["observation"]["state"] = Unbounded(torch.Size((n_state,)))
-        for kind, spec in specs.items():
-            setattr(self, f"full_{kind}_spec_unbatched", spec.to(self.device))
+        self.full_action_spec_unbatched = self._of_agents(action=Bounded(low, high, low.shape, dtype=torch.float32))
+        self.full_reward_spec_unbatched = self._of_agents(reward=Unbounded(torch.Size((n_agents, 1))))
+        observation = self._of_agents(observation=Unbounded(torch.Size((n_agents, max(self._lengths)))))
+        observation["state"] = Unbounded(torch.Size((n_state,)), device=self.device)
+        self.full_observation_spec_unbatched = observation
+        flags = {key: Binary(1, torch.Size((1,)), dtype=torch.bool) for key in FLAGS}
+        self.full_done_spec_unbatched = Composite(flags).to(self.device)
         self._observation = np.zeros((len(copies), n_agents, max(self._lengths)), dtype=np.float32)
         self._state = np.zeros((len(copies), n_state), dtype=np.float32)
         self._set_seed(seed)
 
     def _of_agents(self, **spec) -> Composite:
-        return Composite({GROUP: Composite(spec, shape=(len(self._names),))})
+        return Composite({GROUP: Composite(spec, shape=(len(self._names),))}).to(self.device)
 
     def _set_seed(self, seed: int | None) -> None:
         """The next resets are made with those that follow from it."""
@@ -96,7 +94,9 @@ class PaddedEnv(EnvBase):
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDict:
         """New episodes where ``_reset`` says so. The others go on: TorchRL takes what is seen there from its input."""
         chosen = None if tensordict is None else tensordict.get("_reset", None)
-        for i in range(len(self._copies)) if chosen is None else chosen.flatten().nonzero().flatten().tolist():
+        if chosen is None:
+            chosen = torch.ones(len(self._copies), dtype=torch.bool)
+        for i in chosen.flatten().nonzero().flatten().tolist():
             observations, _ = self._copies[i].reset(seed=self._seeds[i])
             self._seeds[i] = None
             self._look(i, observations)
@@ -107,8 +107,8 @@ class PaddedEnv(EnvBase):
         reward = np.zeros((*actions.shape[:2], 1), dtype=np.float32)
         ends = np.zeros((3, len(self._copies), 1), dtype=bool)  # as FLAGS has them
         for i, (env, rows) in enumerate(zip(self._copies, actions, strict=True)):
-            chosen = {name: row[:size] for name, row, size in zip(self._names, rows, self._sizes, strict=True)}
-            observations, rewards, terminated, truncated, _ = env.step(chosen)
+            own = {name: row[:size] for name, row, size in zip(self._names, rows, self._sizes, strict=True)}
+            observations, rewards, terminated, truncated, _ = env.step(own)
             self._look(i, observations)
             reward[i, :, 0] = [rewards[name] for name in self._names]
             first = self._names[0]

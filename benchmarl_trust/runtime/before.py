@@ -68,9 +68,9 @@ def check_plan(plan: Plan) -> None:
     check_devices(plan)
     check_loggers(plan.config.loggers)
     check_folder(plan.config.save_folder)
-    for config in (*plan.ours, plan.task):
-        if isinstance(config, Checked):
-            config.check_keys(plan.config)
+    task = plan.task.get_task() if isinstance(plan.task, Task) else plan.task  # as BenchMARL does
+    for config in (*plan.ours, *([task] if isinstance(task, Checked) else [])):
+        config.check_keys(plan.config)
     if plan.config.restore_file is not None:
         if not isinstance(plan.config.restore_file, str | Path):
             raise ValueError(f"experiment.restore_file={plan.config.restore_file} must be null or the path of a file.")
