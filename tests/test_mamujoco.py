@@ -283,6 +283,20 @@ def test_processes_need_one_robot_each(make_experiment):
         make_experiment(MappoConfig.get_from_yaml(), task=config(MamujocoTask.HOPPER_3X1, vectorized=1))
 
 
+@pytest.mark.gpu
+def test_robots_on_a_gpu_are_those_on_the_cpu(run):
+    env, other = (make(MamujocoTask.HUMANOID_9_8, num_envs=2, device=device) for device in ("cuda", "cpu"))
+    actions = actions_of(other, 40)
+    steps, true = play(env, [action.cuda() for action in actions]), play(other, actions)
+    assert true["next", "done"].any()
+    assert all(value.is_cuda for value in steps.values(True, True))
+    assert (steps.cpu() == true).all()
+    devices = dict.fromkeys(("train_device", "buffer_device", "sampling_device"), "cuda")
+    experiment = run(ALGORITHMS["happo"].get_from_yaml(), task=humanoid(), evaluation=True, **devices)
+    assert all(value.is_cuda for loss in experiment.losses.values() for value in loss.parameters())
+    assert scalars(experiment)["eval_reward_episode_len_mean"] == [5, 5]
+
+
 # Padding
 
 
@@ -541,6 +555,16 @@ def test_copies_write_no_file_that_others_read(monkeypatch):
     )
     make(MamujocoTask.SWIMMER_10X2), make(MamujocoTask.SWIMMER_10X2)
     assert len(set(files)) == 2
+
+
+@pytest.mark.slow
+def test_many_at_once_are_faster():
+    file = conf_folder().parent / "benchmarks" / "environments.py"
+    command = [sys.executable, "-W", "ignore", str(file), "mamujoco", "--steps", "100", "--repeats", "3"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rates = dict(line.rsplit(maxsplit=1) for line in out.splitlines()[1:])
+    assert len(rates) == 4
+    assert float(rates["rollout of 30 at once"]) > 1.5 * float(rates["rollout of one"]) > 0
 
 
 # Pictures
