@@ -27,6 +27,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import contourpy
 import matplotlib as mpl
@@ -86,6 +87,39 @@ ANIMATIONS = {
     "balance": "Four agents under a line gather below the red package on it, and lift it towards the green goal "
     "without letting it fall; in the 100 steps of an episode they do not get there",
     "navigation": "Three agents, discs with the rays by which they sense each other, drive to goals of their colours",
+}
+
+
+class Curves(NamedTuple):
+    """Runs of docs/results whose learning curves are drawn: a part of the study, and what of it."""
+
+    part: str
+    tasks: list[str]
+    arms: list[str]
+    metric: str = "return"
+    words: str = "mean return"
+    digits: int = 1
+    settings: str = "this package's defaults"
+
+
+CURVES = {
+    "learning_curves.svg": Curves("defaults", ["vmas/balance"], ["mappo", "hatrpo", "hatrpog", "happo", "mars"]),
+    "mamujoco_curves.svg": Curves(
+        "mamujoco",
+        ["mamujoco/halfcheetah_2x3"],
+        ["mappo", "happo", "cliphappo", "hatrpo", "hatrpow", "hatrpog"],
+        digits=0,
+        settings="this package's defaults, the experiment mamujoco_small",
+    ),
+    "smax_curves.svg": Curves(
+        "smax",
+        ["smax/3m", "smax/5m_vs_6m"],
+        ["mappo 0.95", "gpae plain", "gpae 4 dt", "gpae 4 none", "mars 0.95"],
+        metric="win_rate",
+        words="win rate",
+        digits=3,
+        settings="λ = 0.95, no normalised advantages but MARS's, the experiment smax_small",
+    ),
 }
 
 #: Tasks whose robots are shown.
@@ -294,26 +328,35 @@ def plot_reward(ax: Axes, maxima: dict[str, tuple[float, float]], labels: bool) 
     ax.plot(*zip(*maxima.values(), strict=True), "*", color=YELLOW, markeredgecolor=BLACK, markersize=13, zorder=2)
 
 
-def draw_learning_curves() -> tuple[str, str]:
-    """The report's picture of balance, from the runs in docs/results/defaults."""
-    arms = ["mappo", "hatrpo", "hatrpog", "happo", "mars"]
+def draw_learning_curves(curves: Curves) -> tuple[str, str]:
+    """The report's picture of runs in docs/results."""
     with TemporaryDirectory() as folder:
-        asked = ["--tasks", "vmas/balance", "--labels", *arms, "--baseline", "mappo", "--out", folder]
+        asked = ["--tasks", *curves.tasks, "--labels", *curves.arms, "--baseline", curves.arms[0]]
         with contextlib.redirect_stdout(io.StringIO()):
-            report.main([str(RESULTS / "defaults"), *asked])
+            report.main([str(RESULTS / curves.part), *asked, "--metric", curves.metric, "--out", folder])
         picture = (Path(folder) / "learning_curves.svg").read_text()
         with (Path(folder) / "report.csv").open() as file:
-            rows = {row["label"]: row for row in csv.DictReader(file)}
-    frames = int(rows["mappo"]["frames"])
-    last = ", ".join(
-        f"{arm} {float(rows[arm]['final_mean']):.1f} ± {float(rows[arm]['final_std']):.1f}" for arm in arms
+            rows = {(row["task"], row["label"]): row for row in csv.DictReader(file)}
+    row = rows[curves.tasks[0], curves.arms[0]]
+    seeds = row["seeds"].split()
+    number = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+    spread = "" if len(seeds) == 1 else ", mean ± standard deviation"
+    ends = "; ".join(
+        (f"on {task} " if len(curves.tasks) > 1 else "")
+        + ", ".join(f"{arm} {final(rows[task, arm], curves.digits)}" for arm in curves.arms)
+        for task in curves.tasks
     )
-    seeds = rows["mappo"]["seeds"].split()
     alt = (
-        f"Learning curves on vmas/balance: mean return in evaluation over {frames:,} frames, {len(seeds)} seeds, "
-        f"networks of 64 x 64, this package's defaults. At the end, mean ± standard deviation: {last}."
+        f"Learning curves on {' and '.join(curves.tasks)}: {curves.words} in evaluation over {int(row['frames']):,} "
+        f"frames, {number}, networks of 64 x 64, {curves.settings}. At the end{spread}: {ends}."
     )
     return picture.replace("<svg ", f"<!-- docs/figures.py, {VERSIONS} -->\n<svg ", 1), alt
+
+
+def final(row: dict[str, str], digits: int) -> str:
+    """The last evaluation, of several seeds with their standard deviation."""
+    mean = f"{float(row['final_mean']):.{digits}f}"
+    return f"{mean} ± {float(row['final_std']):.{digits}f}" if len(row["seeds"].split()) > 1 else mean
 
 
 DRAWINGS: dict[str, Callable[[], tuple[Figure, str]]] = {
@@ -335,8 +378,9 @@ def draw(out: Path) -> dict[str, str]:
             # Two decimals of a point: a third of the size, and no differences in the last bits between processors.
             rounded = re.sub(r'(?<=[ "])-?\d+\.\d{3,}', lambda match: f"{float(match[0]):.2f}", buffer.getvalue())
             (out / name).write_text(rounded)
-    picture, alts["learning_curves.svg"] = draw_learning_curves()
-    (out / "learning_curves.svg").write_text(picture)
+    for name, curves in CURVES.items():
+        picture, alts[name] = draw_learning_curves(curves)
+        (out / name).write_text(picture)
     return alts
 
 

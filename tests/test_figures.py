@@ -34,7 +34,16 @@ def drawn(figures, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", ["gains.svg", "advantage_variance.svg", "differential_game.svg", "smax.svg", "learning_curves.svg"]
+    "name",
+    [
+        "gains.svg",
+        "advantage_variance.svg",
+        "differential_game.svg",
+        "smax.svg",
+        "learning_curves.svg",
+        "mamujoco_curves.svg",
+        "smax_curves.svg",
+    ],
 )
 def test_a_drawing_is_made_again_in_the_same_bytes(name, figures, drawn):
     committed = (DOCS / "figures" / name).read_text()
@@ -46,7 +55,7 @@ def test_a_drawing_is_made_again_in_the_same_bytes(name, figures, drawn):
 
 
 def test_nothing_else_is_drawn(figures, drawn):
-    assert {file.name for file in drawn[0].iterdir()} == {*figures.DRAWINGS, "learning_curves.svg"}
+    assert {file.name for file in drawn[0].iterdir()} == {*figures.DRAWINGS, *figures.CURVES}
 
 
 def test_every_picture_has_a_text_alternative(figures, drawn):
