@@ -45,7 +45,7 @@ figures: $(VENV)/.installed-vmas
 animations: $(VENV)/.installed-vmas
 	$(BIN)/python docs/figures.py --animate
 
-study: $(VENV)/.installed-vmas
+study: $(VENV)/.installed-study
 	$(BIN)/python benchmarks/study/run.py --jobs $(JOBS)
 
 matrix: $(VENV)/.installed-test
@@ -66,6 +66,7 @@ clean:
 # Editable installs with versions that are known to work together (constraints.txt).
 $(VENV)/.installed-vmas: EXTRAS = vmas,report,sweep
 $(VENV)/.installed-test: EXTRAS = test
+$(VENV)/.installed-study: EXTRAS = vmas,report,mamujoco,smax
 $(VENV)/.installed-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[$(EXTRAS)]'

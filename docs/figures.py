@@ -118,7 +118,7 @@ CURVES = {
         metric="win_rate",
         words="win rate",
         digits=3,
-        settings="λ = 0.95, no normalised advantages but MARS's, the experiment smax_small",
+        settings="λ = 0.95, no normalised advantages, the experiment smax_small",
     ),
 }
 
