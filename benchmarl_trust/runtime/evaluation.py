@@ -1,6 +1,6 @@
 """What a task tells of its evaluations, which BenchMARL logs of collection alone."""
 
-from typing import Protocol, cast, runtime_checkable
+from typing import Protocol, cast
 
 from benchmarl.experiment import Experiment
 from tensordict import TensorDictBase
@@ -9,7 +9,6 @@ from torch import Tensor
 from benchmarl_trust.runtime.guard import OwnCallback, own_callback
 
 
-@runtime_checkable
 class TellsOfEvaluation(Protocol):
     """A task that has numbers of evaluated episodes."""
 
@@ -24,7 +23,7 @@ class EvaluationInfo(OwnCallback):
     @classmethod
     def add_to(cls, experiment: Experiment) -> None:
         """Add it, if the task has such numbers."""
-        if isinstance(experiment.task, TellsOfEvaluation):
+        if hasattr(experiment.task, "evaluation_info"):
             own_callback(experiment, cls)
 
     def on_evaluation_end(self, rollouts: list[TensorDictBase]) -> None:

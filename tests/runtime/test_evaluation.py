@@ -34,3 +34,19 @@ def test_means_are_logged_and_each_episode_is_reported(config, create_json, run,
         assert all(len(step["first_action"]) == experiment.config.evaluation_episodes for step in steps)
         means = [sum(step["first_action"]) / len(step["first_action"]) for step in steps]
         assert means == pytest.approx(logged, abs=1e-5)
+
+
+def test_what_a_task_tells_is_asked_anew_for_each_experiment(run, monkeypatch):
+    """A check of its class against a protocol would be remembered."""
+
+    def experiment():
+        task = TrustGamesTask.DIFFERENTIAL.get_from_yaml()
+        return run(HappoConfig.get_from_yaml(), task=task, evaluation=True)
+
+    def evaluation_info(rollouts):
+        return {"one": torch.ones(len(rollouts))}
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrustGamesClass, "evaluation_info", staticmethod(evaluation_info), raising=False)
+        assert set(scalars(experiment())["eval_info_one"]) == {1.0}
+    assert "eval_info_one" not in scalars(experiment())
