@@ -13,10 +13,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from pettingzoo.utils.wrappers import BaseParallelWrapper
 from torchrl.envs import EnvBase, PettingZooWrapper
 
-from benchmarl_trust.environments import MamujocoEnv, MamujocoTask, Smax
+from benchmarl_trust.environments import MamujocoTask, Smax
 
 COPIES = 30
 BATTLES = 32
@@ -27,22 +26,21 @@ def rollout(env: EnvBase, steps: int, policy: Callable | None = None) -> int:
     return env.rollout(steps, policy, break_when_any_done=False).numel()
 
 
-class WithoutInfo(BaseParallelWrapper):
-    """TorchRL's wrapper fails on an info that a step has and a reset has not."""
-
-    def step(self, actions: dict) -> tuple:
-        """As the environment's, without what it tells beside."""
-        *values, infos = super().step(actions)
-        return *values, {name: {} for name in infos}
-
-
 def mamujoco(steps: int) -> dict[str, Callable[[], int]]:
     """HalfCheetah 2x3."""
     from gymnasium_robotics import mamujoco_v1
+    from pettingzoo.utils.wrappers import BaseParallelWrapper
 
-    settings = MamujocoTask.HALFCHEETAH_2X3.get_from_yaml().config
-    del settings["vectorized"]
-    robot, conf, seen = settings["scenario"], settings["agent_conf"], settings["agent_obsk"]
+    class WithoutInfo(BaseParallelWrapper):
+        """TorchRL's wrapper fails on an info that a step has and a reset has not."""
+
+        def step(self, actions: dict) -> tuple:
+            """As the environment's, without what it tells beside."""
+            *values, infos = super().step(actions)
+            return *values, {name: {} for name in infos}
+
+    task = MamujocoTask.HALFCHEETAH_2X3.get_from_yaml()
+    robot, conf, seen = (task.config[key] for key in ("scenario", "agent_conf", "agent_obsk"))
     library = mamujoco_v1.parallel_env(robot, conf, agent_obsk=seen)
 
     def alone() -> int:
@@ -53,8 +51,9 @@ def mamujoco(steps: int) -> dict[str, Callable[[], int]]:
                 library.reset()
         return steps
 
-    single = MamujocoEnv(**settings, seed=0)
-    many = MamujocoEnv(**settings, num_envs=COPIES, seed=0)
+    many = task.get_env_fun(COPIES, True, 0, "cpu")()
+    task.config["vectorized"] = False
+    single = task.get_env_fun(1, True, 0, "cpu")()
     wrapper = PettingZooWrapper(WithoutInfo(mamujoco_v1.parallel_env(robot, conf, agent_obsk=seen)), use_mask=False)
     return {
         "the library by itself": alone,
