@@ -162,6 +162,42 @@ def test_what_is_saved_is_not_run_again(tmp_path, monkeypatch):
     assert [(run.arm, run.seed) for run in started] == [("b", 0), ("b", 1)]
 
 
+def test_what_another_part_has_run_is_copied(tmp_path, monkeypatch):
+    """Of equal runs one is run; what lacks a metric that the other part saves is not equal."""
+    plan = {"settings": ["s=1"], "arms": {"a": ["a=1"]}}
+    of_all = {"tasks": ["t"], "seeds": [0]}
+    plan["parts"] = {
+        "p": {"arms": ["a"], **of_all},
+        "q": {"radius": {"a": {"r": [None, 2]}}, **of_all},
+        "m": {"arms": ["a"], "metrics": ["entropy"], **of_all},
+    }
+    assert [(run.part, run.arm) for run in study.planned(plan)] == [("p", "a"), ("q", "a"), ("q", "a 2"), ("m", "a")]
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    started = []
+
+    def train(run, out):
+        started.append((run.part, run.arm))
+        return True
+
+    def save_result(run, out, results):
+        curves = {name: {6000: float(len(started))} for name in ("return", *run.metrics)}
+        found = SavedRun(run.task, "x", run.seed, [], curves, overrides=list(run.settings), label=run.arm)
+        compact.save([found], results / run.part)
+
+    monkeypatch.setattr(study, "train", train)
+    monkeypatch.setattr(study, "save_result", save_result)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--plan", "plan.yaml", "--out", "runs", "--results", "results"])
+    monkeypatch.chdir(tmp_path)
+    study.main()
+    assert sorted(started) == [("m", "a"), ("p", "a"), ("q", "a 2")]
+    (of_p,) = compact.load(tmp_path / "results" / "p")
+    of_q = {run.label: run for run in compact.load(tmp_path / "results" / "q")}
+    assert of_q.keys() == {"a", "a 2"}
+    assert (of_q["a"].curves, of_q["a"].overrides) == (of_p.curves, of_p.overrides)
+    study.main()
+    assert len(started) == 3
+
+
 # What is chosen by rule
 
 
@@ -238,9 +274,8 @@ def test_the_radius_of_the_largest_area_is_taken(choose, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "| `mars` | 0.2 | 4.50 | yes |\n| `mars` | 0.45 | 4.50 |  |" in out
     runs = part_of(out, "tuned")
-    assert {run.arm for run in runs} == {
-        f"{arm} {0.03 if arm == 'hatrpog' else usual:g}" for arm, (_, usual, _) in radii.items()
-    }
+    usual_is_default = {arm: arm for arm in radii} | {"hatrpog": "hatrpog 0.03"}  # whose runs are those of `defaults`
+    assert {run.arm for run in runs} == set((usual_is_default | {"maspo": "maspo 0.5"}).values())
     assert {(run.task, run.seed) for run in runs} == set(itertools.product(["vmas/balance", "vmas/wheel"], range(5)))
 
 

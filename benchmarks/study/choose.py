@@ -9,7 +9,8 @@ of MAPPO's last three evaluations at three times the budget. A task is taken if 
 evaluations within the budget has come at least half of the way. Printed is the table of all tasks that were screened;
 ``bounds.json``, for the report, holds those that are taken.
 
-Radii: of each arm's values that with the largest area under the evaluation curve; of equals the smallest.
+Radii: of each arm's values that with the largest area under the evaluation curve; of equals the smallest. Printed is
+null for the package's default, so that its runs are those of `defaults`.
 
 Equal KL: for each radius of MARS that of each other arm at which the KL per iteration is MARS's: the smallest at which
 it rises through it, linear between the grid's neighbouring values in the logarithms of both. Where it does not, there
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from benchmarl.algorithms import algorithm_config_registry
 from benchmarl.environments import task_config_registry
 from run import PLAN, planned
 
@@ -108,6 +110,12 @@ def by_radius(runs: list[Run], score: str) -> dict[str, dict[str, dict[float, fl
     return found
 
 
+def default(settings: list[str], key: str) -> float:
+    """The value that the package has for ``algorithm.<key>``."""
+    (name,) = (value for setting, _, value in (text.partition("=") for text in settings) if setting == "algorithm")
+    return getattr(algorithm_config_registry[name].get_from_yaml(), key.removeprefix("algorithm."))
+
+
 def best(areas: dict[float, float]) -> float:
     """The radius of the largest area."""
     return max(sorted(areas), key=lambda radius: areas[radius])
@@ -155,9 +163,11 @@ def print_radii(plan: dict, results: Path) -> None:
     for arm, areas in found.items():
         for radius, value in sorted(areas.items()):
             print(f"| `{arm}` | {radius:g} | {value:.2f} | {'yes' if radius == best(areas) else ''} |")
-    radii = {
-        arm: {key: [best(found[arm])] for key in radius} for arm, radius in plan["parts"]["tuning"]["radius"].items()
-    }
+    radii = {}
+    for arm, radius in plan["parts"]["tuning"]["radius"].items():
+        (key,) = radius
+        value = best(found[arm])
+        radii[arm] = {key: [None if value == default(plan["arms"][arm], key) else value]}
     tasks = list(json.loads((results / "tuned" / "bounds.json").read_text()))
     print_part("tuned", tasks, radii)
 

@@ -11,7 +11,7 @@ next time.
 
 A run that is whole is saved at once as a small file in ``<results>/<part>``, with its arm as label:
 ``python -m benchmarl_trust.report <results>/<part>`` makes tables and pictures of them. What is saved there with the
-plan's settings is not run again, on any machine.
+plan's settings is not run again, on any machine. Of runs with equal settings in several parts one is run, and copied.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ import yaml
 from tqdm import tqdm
 
 from benchmarl_trust.report.compact import load, safe, save
+from benchmarl_trust.report.runs import Run as SavedRun
 from benchmarl_trust.report.runs import find_runs
 
 PLAN = Path(__file__).with_name("plan.yaml")
@@ -74,7 +76,7 @@ def _of_task(name: str) -> list[str]:
 
 
 def _arms(plan: dict, part: dict) -> Iterator[tuple[str, list[str]]]:
-    """The part's arms and their settings; with ``radius`` an arm for each value."""
+    """The part's arms and their settings; with ``radius`` an arm for each value, null for the package's default."""
     radius = part.get("radius")
     known = {**plan["arms"], **plan.get("further_arms", {})}
     for name in radius or (plan["arms"] if part["arms"] == "all" else part["arms"]):
@@ -85,7 +87,7 @@ def _arms(plan: dict, part: dict) -> Iterator[tuple[str, list[str]]]:
             continue
         for key, values in radius[name].items():
             for value in values:
-                yield f"{name} {value:g}", [*known[name], f"{key}={value}"]
+                yield (name, known[name]) if value is None else (f"{name} {value:g}", [*known[name], f"{key}={value}"])
 
 
 def train(run: Run, out: Path) -> bool:
@@ -108,13 +110,21 @@ def is_whole(run: Run, out: Path) -> bool:
     return file.exists() and file.read_text() == "\n".join(run.settings)
 
 
-def saved(results: Path) -> set[tuple]:
-    """Part, task, arm, seed and settings of the runs that are saved."""
-    return {
-        (file.parent.name, run.task, run.label, run.seed, tuple(run.overrides))
-        for file in results.glob("*/runs.json")
-        for run in load(file.parent)
-    }
+def work(run: Run | SavedRun) -> tuple:
+    """What makes two runs the same run: task, seed and settings."""
+    return run.task, run.seed, tuple(run.settings if isinstance(run, Run) else run.overrides)
+
+
+def not_saved(runs: list[Run], results: Path) -> list[Run]:
+    """Those that are not among the saved ones, after what another part has run with equal settings is copied."""
+    files = results.glob("*/runs.json")
+    there = {(file.parent.name, run.label, work(run)): run for file in files for run in load(file.parent)}
+    by_work = {key[-1]: run for key, run in there.items()}
+    missing = [run for run in runs if (run.part, run.arm, work(run)) not in there]
+    copies = [run for run in missing if work(run) in by_work and by_work[work(run)].curves.keys() >= set(run.metrics)]
+    for run in copies:
+        save([replace(by_work[work(run)], label=run.arm)], results / run.part)
+    return [run for run in missing if run not in copies]
 
 
 def save_result(run: Run, out: Path, results: Path) -> None:
@@ -146,12 +156,13 @@ def main() -> None:
         if wanted is not None and not known.issuperset(wanted):
             parser.error(f"--{name}: the plan has {', '.join(map(str, sorted(known)))}")
         runs = [run for run in runs if wanted is None or getattr(run, name[:-1]) in wanted]
-    there = saved(arguments.results)
-    unsaved = [run for run in runs if run[:5] not in there]
-    for run in unsaved:
+    for run in not_saved(runs, arguments.results):
         if is_whole(run, arguments.out):  # the study was stopped before it was saved
             save_result(run, arguments.out, arguments.results)
-    missing = [run for run in unsaved if not is_whole(run, arguments.out)]
+    first: dict[tuple, Run] = {}
+    for run in not_saved(runs, arguments.results):
+        first.setdefault((work(run), run.metrics), run)
+    missing = list(first.values())
     failed = []
     with (
         ThreadPoolExecutor(arguments.jobs) as pool,
@@ -170,6 +181,7 @@ def main() -> None:
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)  # else those that wait would be started
             raise
+    not_saved(runs, arguments.results)
     if failed:
         sys.exit("These runs failed, see log.txt in their folders:\n" + "\n".join(map(str, failed)))
 
