@@ -235,17 +235,21 @@ def test_a_task_is_taken_where_mappo_has_come_half_of_the_way(choose, monkeypatc
     monkeypatch.setattr(choose, "random_return", lambda name: -2.0)
     curve = {80_000: -9, 160_000: 2, 200_000: 3, 240_000: 4, 640_000: 7, 680_000: 8, 720_000: 9}
     late, falls = curve | {240_000: 3.9}, dict.fromkeys(curve, -2.5)
-    for task in PLAN["parts"]["screen"]["tasks"]:
-        own = {"vmas/balance": late, "vmas/navigation": curve}.get(task, falls)
-        saved(tmp_path, "screen", task, "mappo", own)
+    tasks = PLAN["parts"]["screen"]["tasks"]
+    own = {"vmas/balance": late, "vmas/dispersion": falls}
+    for task in tasks:
+        saved(tmp_path, "screen", task, "mappo", own.get(task, curve))
     choose.command("tasks", tmp_path)
     rows = capsys.readouterr().out.splitlines()[2:]
-    expected = {task: "-2.50 | -2.50 | 1.00 | no" for task in PLAN["parts"]["screen"]["tasks"]}
-    expected |= {"vmas/balance": "2.97 | 8.00 | 0.50 | no", "vmas/navigation": "3.00 | 8.00 | 0.50 | yes"}
-    assert rows == [f"| `{task}` | -2.00 | {rest} |" for task, rest in sorted(expected.items())]
-    file = tmp_path / "tuned" / "bounds.json"
-    (name, entry), *others = aggregates.read_bounds([file], "return").items()
-    assert (name, entry["low"], entry["high"], others) == ("vmas/navigation", -2.0, 8.0, [])
+    assert tasks[:3] == ["vmas/balance", "vmas/navigation", "vmas/dispersion"]
+    expected = dict.fromkeys(tasks, "3.00 | 8.00 | 0.50 | yes") | dict.fromkeys(
+        tasks[7:], "3.00 | 8.00 | 0.50 | no: 5 before it"
+    )
+    expected |= {"vmas/balance": "2.97 | 8.00 | 0.50 | no", "vmas/dispersion": "-2.50 | -2.50 | 1.00 | no"}
+    assert rows == [f"| `{task}` | -2.00 | {rest} |" for task, rest in expected.items()]
+    bounds = aggregates.read_bounds([tmp_path / "tuned" / "bounds.json"], "return")
+    assert list(bounds) == ["vmas/navigation", *tasks[3:7]]
+    assert {(entry["low"], entry["high"]) for entry in bounds.values()} == {(-2.0, 8.0)}
 
 
 def part_of(out, name):
@@ -259,6 +263,8 @@ def test_the_radius_of_the_largest_area_is_taken(choose, tmp_path, capsys):
         ((_, found),) = radius.items()
         return found
 
+    with pytest.raises(ValueError, match=r"bounds\.json, which names the tasks: run `choose\.py tasks` first"):
+        choose.command("radii", tmp_path)
     (tmp_path / "tuned").mkdir()
     (tmp_path / "tuned" / "bounds.json").write_text('{"vmas/balance": {}, "vmas/wheel": {}}')
     radii = {arm: values(radius) for arm, radius in PLAN["parts"]["tuning"]["radius"].items()}
@@ -321,6 +327,23 @@ def test_no_radii_from_what_is_not_whole(choose, tmp_path):
     saved(tmp_path, "matching", "vmas/balance", "clip 0.05", {10: 1, 20: 2})
     with pytest.raises(ValueError, match=r"clip 0\.05, seed 102.*: its kl is not finite"):
         choose.command("matched", tmp_path)
+
+
+@pytest.mark.slow  # for the returns of random actions
+@pytest.mark.parametrize("rule", ["tasks", "radii"])
+def test_the_choices_on_the_page_and_in_the_plan_are_those_of_the_rules(choose, rule, tmp_path, capsys):
+    for part in ("screen", "tuning", "tuned"):
+        shutil.copytree(ROOT / "docs" / "results" / part, tmp_path / part)
+    bounds = (tmp_path / "tuned" / "bounds.json").read_text()
+    choose.command(rule, tmp_path)
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if line.startswith("|")]
+    assert len(rows) > 10
+    page = (ROOT / "docs" / "results.md").read_text().splitlines()
+    assert [row for row in rows if row not in page] == []
+    assert (tmp_path / "tuned" / "bounds.json").read_text() == bounds
+    if rule == "radii":
+        assert part_of(out, "tuned") == [run for run in study.planned(PLAN | {"settings": []}) if run.part == "tuned"]
 
 
 @pytest.mark.slow

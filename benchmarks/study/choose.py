@@ -6,8 +6,8 @@
 
 Tasks: two returns of a task are its bounds: 0 is that of uniformly random actions, mean over 600 episodes; 1 the mean
 of MAPPO's last three evaluations at three times the budget. A task is taken if the mean of MAPPO's last three
-evaluations within the budget has come at least half of the way. Printed is the table of all tasks that were screened;
-``bounds.json``, for the report, holds those that are taken.
+evaluations within the budget has come at least half of the way, in the plan's order, until there are five. Printed is
+the table of all tasks that were screened; ``bounds.json``, for the report, holds those that are taken.
 
 Radii: of each arm's values that with the largest area under the evaluation curve; of equals the smallest. Printed is
 null for the package's default, so that its runs are those of `defaults`.
@@ -38,6 +38,7 @@ from benchmarl_trust.report.statistics import cells
 
 EPISODES = 600
 SEEDS = [0, 1, 2, 3, 4]  # of the parts that are printed
+TAKEN = 5  # tasks
 COVERED = 0.5  # of the way from random actions to three times the budget, for a task to be taken
 
 
@@ -143,14 +144,16 @@ def print_tasks(plan: dict, results: Path) -> None:
     print(
         f"| task | random | MAPPO, {budget} frames | at its end | share of the way | taken |\n|---|---|---|---|---|---|"
     )
-    for name, of in sorted(tasks.items()):
+    order = [name for name in plan["parts"]["screen"]["tasks"] if is_taken(tasks[name])]
+    for name in plan["parts"]["screen"]["tasks"]:
+        of = tasks[name]
         numbers = " | ".join(f"{of[key]:.2f}" for key in ("low", "within", "high", "covered"))
-        print(f"| `{name}` | {numbers} | {'yes' if is_taken(of) else 'no'} |")
+        taken = "yes" if name in order[:TAKEN] else f"no: {TAKEN} before it" if name in order else "no"
+        print(f"| `{name}` | {numbers} | {taken} |")
     source = f"low: random actions, mean of {EPISODES} episodes; high: MAPPO at the end of `screen`, one seed"
     bounds = {
-        name: {"low": round(of["low"], 4), "high": round(of["high"], 4), "source": source}
-        for name, of in sorted(tasks.items())
-        if is_taken(of)
+        name: {"low": round(tasks[name]["low"], 4), "high": round(tasks[name]["high"], 4), "source": source}
+        for name in order[:TAKEN]
     }
     (results / "tuned").mkdir(parents=True, exist_ok=True)
     (results / "tuned" / "bounds.json").write_text(json.dumps(bounds, indent=1) + "\n")
@@ -158,6 +161,10 @@ def print_tasks(plan: dict, results: Path) -> None:
 
 def print_radii(plan: dict, results: Path) -> None:
     """The table of the areas, and the part that follows from them."""
+    bounds = results / "tuned" / "bounds.json"
+    if not bounds.is_file():
+        raise ValueError(f"There is no {bounds}, which names the tasks: run `choose.py tasks` first.")
+    tasks = list(json.loads(bounds.read_text()))
     ((_, found),) = by_radius(saved_part("tuning", plan, results), "area").items()
     print("| arm | radius | area | chosen |\n|---|---|---|---|")
     for arm, areas in found.items():
@@ -168,7 +175,6 @@ def print_radii(plan: dict, results: Path) -> None:
         (key,) = radius
         value = best(found[arm])
         radii[arm] = {key: [None if value == default(plan["arms"][arm], key) else value]}
-    tasks = list(json.loads((results / "tuned" / "bounds.json").read_text()))
     print_part("tuned", tasks, radii)
 
 
