@@ -278,7 +278,7 @@ def test_the_radius_of_the_largest_area_is_taken(choose, tmp_path, capsys):
     saved(tmp_path, "tuning", "vmas/balance", "hatrpog 0.03", {0: 9, 10: 9, 20: 9})
     choose.command("radii", tmp_path)
     out = capsys.readouterr().out
-    assert "| `mars` | 0.2 | 4.50 | yes |\n| `mars` | 0.45 | 4.50 |  |" in out
+    assert "\n| `mars` | 0.1: 4.00 | **0.2: 4.50** | 0.45: 4.50 | 0.2 |\n" in out
     runs = part_of(out, "tuned")
     usual_is_default = {arm: arm for arm in radii} | {"hatrpog": "hatrpog 0.03"}  # whose runs are those of `defaults`
     assert {run.arm for run in runs} == set((usual_is_default | {"maspo": "maspo 0.5"}).values())

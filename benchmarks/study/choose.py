@@ -160,20 +160,20 @@ def print_tasks(plan: dict, results: Path) -> None:
 
 
 def print_radii(plan: dict, results: Path) -> None:
-    """The table of the areas, and the part that follows from them."""
+    """The table of the areas, the largest in bold, and the part that follows from them."""
     bounds = results / "tuned" / "bounds.json"
     if not bounds.is_file():
         raise ValueError(f"There is no {bounds}, which names the tasks: run `choose.py tasks` first.")
     tasks = list(json.loads(bounds.read_text()))
     ((_, found),) = by_radius(saved_part("tuning", plan, results), "area").items()
-    print("| arm | radius | area | chosen |\n|---|---|---|---|")
-    for arm, areas in found.items():
-        for radius, value in sorted(areas.items()):
-            print(f"| `{arm}` | {radius:g} | {value:.2f} | {'yes' if radius == best(areas) else ''} |")
+    print("| arm | radius: area | | | default |\n|---|---|---|---|---|")
     radii = {}
     for arm, radius in plan["parts"]["tuning"]["radius"].items():
         (key,) = radius
         value = best(found[arm])
+        areas = {at: f"{at:g}: {area:.2f}" for at, area in sorted(found[arm].items())}
+        areas[value] = f"**{areas[value]}**"
+        print(f"| `{arm}` | {' | '.join(areas.values())} | {default(plan['arms'][arm], key):g} |")
         radii[arm] = {key: [None if value == default(plan["arms"][arm], key) else value]}
     print_part("tuned", tasks, radii)
 
