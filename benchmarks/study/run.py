@@ -20,6 +20,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
@@ -115,16 +116,24 @@ def work(run: Run | SavedRun) -> tuple:
     return run.task, run.seed, tuple(run.settings if isinstance(run, Run) else run.overrides)
 
 
-def not_saved(runs: list[Run], results: Path) -> list[Run]:
-    """Those that are not among the saved ones, after what another part has run with equal settings is copied."""
-    files = results.glob("*/runs.json")
+def copy_and_list_missing(runs: list[Run], results: Path) -> list[Run]:
+    """The runs that are not saved, once those are copied that another part has run with equal settings."""
+    files = sorted(results.glob("*/runs.json"))
     there = {(file.parent.name, run.label, work(run)): run for file in files for run in load(file.parent)}
-    by_work = {key[-1]: run for key, run in there.items()}
-    missing = [run for run in runs if (run.part, run.arm, work(run)) not in there]
-    copies = [run for run in missing if work(run) in by_work and by_work[work(run)].curves.keys() >= set(run.metrics)]
-    for run in copies:
-        save([replace(by_work[work(run)], label=run.arm)], results / run.part)
-    return [run for run in missing if run not in copies]
+    equal = defaultdict(list)
+    for key, run in there.items():
+        equal[key[-1]].append(run)
+    missing = []
+    for run in runs:
+        if (run.part, run.arm, work(run)) in there:
+            continue
+        found = [other for other in equal[work(run)] if other.curves.keys() >= set(run.metrics)]
+        if found:
+            fewest = min(found, key=lambda other: len(other.curves))  # without the metrics of other parts
+            save([replace(fewest, label=run.arm)], results / run.part)
+        else:
+            missing.append(run)
+    return missing
 
 
 def save_result(run: Run, out: Path, results: Path) -> None:
@@ -156,11 +165,11 @@ def main() -> None:
         if wanted is not None and not known.issuperset(wanted):
             parser.error(f"--{name}: the plan has {', '.join(map(str, sorted(known)))}")
         runs = [run for run in runs if wanted is None or getattr(run, name[:-1]) in wanted]
-    for run in not_saved(runs, arguments.results):
+    for run in copy_and_list_missing(runs, arguments.results):
         if is_whole(run, arguments.out):  # the study was stopped before it was saved
             save_result(run, arguments.out, arguments.results)
     first: dict[tuple, Run] = {}
-    for run in not_saved(runs, arguments.results):
+    for run in copy_and_list_missing(runs, arguments.results):
         first.setdefault((work(run), run.metrics), run)
     missing = list(first.values())
     failed = []
@@ -181,7 +190,7 @@ def main() -> None:
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)  # else those that wait would be started
             raise
-    not_saved(runs, arguments.results)
+    copy_and_list_missing(runs, arguments.results)
     if failed:
         sys.exit("These runs failed, see log.txt in their folders:\n" + "\n".join(map(str, failed)))
 
