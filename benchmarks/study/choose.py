@@ -197,7 +197,7 @@ def print_matched(plan: dict, results: Path) -> None:
         print_part(f"matched_{task.split('/')[-1]}", [task], radii)
 
 
-def print_part(name: str, tasks: list[str], radii: dict[str, dict[str, list[float]]]) -> None:
+def print_part(name: str, tasks: list[str], radii: dict[str, dict[str, list[float | None]]]) -> None:
     """A part as the plan has it."""
     print("\n" + yaml.safe_dump({name: {"tasks": tasks, "seeds": SEEDS, "radius": radii}}, sort_keys=False, width=120))
 

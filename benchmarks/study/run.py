@@ -30,7 +30,7 @@ from typing import NamedTuple
 import yaml
 from tqdm import tqdm
 
-from benchmarl_trust.report.compact import load, safe, save
+from benchmarl_trust.report.compact import COLUMNS, load, safe, save
 from benchmarl_trust.report.runs import Run as SavedRun
 from benchmarl_trust.report.runs import find_runs
 
@@ -129,8 +129,8 @@ def copy_and_list_missing(runs: list[Run], results: Path) -> list[Run]:
             continue
         found = [other for other in equal[work(run)] if other.curves.keys() >= set(run.metrics)]
         if found:
-            fewest = min(found, key=lambda other: len(other.curves))  # without the metrics of other parts
-            save([replace(fewest, label=run.arm)], results / run.part)
+            curves = {name: found[0].curves[name] for name in (*COLUMNS, *run.metrics) if name in found[0].curves}
+            save([replace(found[0], label=run.arm, curves=curves)], results / run.part)
         else:
             missing.append(run)
     return missing
