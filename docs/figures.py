@@ -104,6 +104,9 @@ class Curves(NamedTuple):
 
 CURVES = {
     "learning_curves.svg": Curves("defaults", ["vmas/balance"], ["mappo", "hatrpo", "hatrpog", "happo", "mars"]),
+    "tuned_curves.svg": Curves(
+        "tuned", ["vmas/balance"], ["mappo", "mars 0.45", "maspo 0.9", "hatrpo"], settings="radii tuned alike"
+    ),
     "mamujoco_curves.svg": Curves(
         "mamujoco",
         ["mamujoco/halfcheetah_2x3"],

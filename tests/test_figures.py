@@ -41,6 +41,7 @@ def drawn(figures, tmp_path_factory):
         "differential_game.svg",
         "smax.svg",
         "learning_curves.svg",
+        "tuned_curves.svg",
         "mamujoco_curves.svg",
         "smax_curves.svg",
     ],
