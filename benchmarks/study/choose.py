@@ -144,16 +144,17 @@ def print_tasks(plan: dict, results: Path) -> None:
     print(
         f"| task | random | MAPPO, {budget} frames | at its end | share of the way | taken |\n|---|---|---|---|---|---|"
     )
-    order = [name for name in plan["parts"]["screen"]["tasks"] if is_taken(tasks[name])]
+    rise = [name for name in plan["parts"]["screen"]["tasks"] if is_taken(tasks[name])]
+    taken = rise[:TAKEN]
     for name in plan["parts"]["screen"]["tasks"]:
         of = tasks[name]
         numbers = " | ".join(f"{of[key]:.2f}" for key in ("low", "within", "high", "covered"))
-        taken = "yes" if name in order[:TAKEN] else f"no: {TAKEN} before it" if name in order else "no"
-        print(f"| `{name}` | {numbers} | {taken} |")
+        verdict = "yes" if name in taken else f"no: {TAKEN} before it" if name in rise else "no"
+        print(f"| `{name}` | {numbers} | {verdict} |")
     source = f"low: random actions, mean of {EPISODES} episodes; high: MAPPO at the end of `screen`, one seed"
     bounds = {
         name: {"low": round(tasks[name]["low"], 4), "high": round(tasks[name]["high"], 4), "source": source}
-        for name in order[:TAKEN]
+        for name in taken
     }
     (results / "tuned").mkdir(parents=True, exist_ok=True)
     (results / "tuned" / "bounds.json").write_text(json.dumps(bounds, indent=1) + "\n")
@@ -170,11 +171,11 @@ def print_radii(plan: dict, results: Path) -> None:
     radii = {}
     for arm, radius in plan["parts"]["tuning"]["radius"].items():
         (key,) = radius
-        value = best(found[arm])
+        value, usual = best(found[arm]), default(plan["arms"][arm], key)
         areas = {at: f"{at:g}: {area:.2f}" for at, area in sorted(found[arm].items())}
         areas[value] = f"**{areas[value]}**"
-        print(f"| `{arm}` | {' | '.join(areas.values())} | {default(plan['arms'][arm], key):g} |")
-        radii[arm] = {key: [None if value == default(plan["arms"][arm], key) else value]}
+        print(f"| `{arm}` | {' | '.join(areas.values())} | {usual:g} |")
+        radii[arm] = {key: [None if value == usual else value]}
     print_part("tuned", tasks, radii)
 
 
