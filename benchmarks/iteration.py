@@ -4,12 +4,12 @@
     python benchmarks/iteration.py --device cpu --algorithms mappo happo
     python benchmarks/iteration.py --device cuda --counts                    # launches and waits of a short iteration
 
-VMAS balance, 60,000 frames of 600 environments, 45 epochs of minibatches of 4096, MLP 256 x 256, separate policies; an
-iteration of each algorithm in turns, several times over, in one process. Printed are medians of the seconds of
-collection and training, and training over MAPPO's in the same round, with the least and the largest of the rounds.
+VMAS balance, 60,000 frames of 600 environments, 45 epochs of minibatches of 4096, MLP 256 x 256, separate policies. All
+train on the same collected batch, in turns and several times over, in one process. Printed are the median seconds, and
+the median of their ratios to MAPPO in the same round, with the least and the largest.
 
-With --counts, instead, one training iteration of 2 epochs x 4 minibatches under PyTorch's profiler: kernels launched
-(and graphs, which hold many), copies, and the places at which the host waited for the GPU.
+With --counts, instead, one training iteration of 2 epochs x 4 minibatches: kernels launched and copies, by PyTorch's
+profiler, and the places at which the host waited for the GPU.
 """
 
 import argparse
@@ -18,12 +18,14 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from benchmarl.algorithms import MappoConfig
 from benchmarl.environments import VmasTask
 from benchmarl.experiment import Experiment, ExperimentConfig
 from benchmarl.models.mlp import MlpConfig
+from tensordict import TensorDictBase
 
 from benchmarl_trust import ALGORITHMS
 
@@ -58,52 +60,57 @@ def train(experiment: Experiment, batch) -> None:
         experiment._optimizer_loop("agents")
 
 
+def collect(experiment: Experiment, synchronize: Callable, times: int) -> tuple[TensorDictBase, float]:
+    """A batch, and the median seconds of its collection; the first is not timed."""
+    batches, seconds = iter(experiment.collector), []
+    for _ in range(times + 1):
+        start = time.perf_counter()
+        batch = next(batches)
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+    return batch, statistics.median(seconds[1:])
+
+
 def time_iterations(args: argparse.Namespace, folder: str) -> None:
     """Print a table of seconds and ratios."""
-    synchronize = torch.cuda.synchronize if args.device == "cuda" else lambda: None
+    cuda = args.device == "cuda"
+    synchronize = torch.cuda.synchronize if cuda else lambda: None
     experiments = {name: make_experiment(name, args, folder) for name in args.algorithms}
-    batches = {name: iter(experiment.collector) for name, experiment in experiments.items()}
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in experiments}
-    memory = dict.fromkeys(experiments, 0.0)
+    batch, collection = collect(experiments[args.algorithms[0]], synchronize, args.repeats)
+    print(f"collection: {collection:.2f} s", flush=True)
+    seconds: dict[str, list[float]] = {name: [] for name in experiments}
+    memory = dict.fromkeys(experiments, float("nan"))
     for _ in range(args.repeats + 1):  # the first round warms up
         for name, experiment in experiments.items():
-            start = time.perf_counter()
-            batch = next(batches[name])
-            synchronize()
-            middle = time.perf_counter()
-            if args.device == "cuda":
+            if cuda:
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
+            start = time.perf_counter()
             train(experiment, batch)
             synchronize()
-            seconds[name].append((middle - start, time.perf_counter() - middle))
-            if args.device == "cuda":
+            seconds[name].append(time.perf_counter() - start)
+            if cuda:
                 memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
-            experiment.collector.update_policy_weights_()
-    print("| algorithm | collection | training | training over the first row's | memory of training |")
-    print("|---|---|---|---|---|")
-    first = [training for _, training in seconds[args.algorithms[0]][1:]]
+    print("| algorithm | training | over the first row's | memory of training |\n|---|---|---|---|")
+    first = seconds[args.algorithms[0]][1:]
     for name, rounds in seconds.items():
-        collection, training = zip(*rounds[1:], strict=True)
-        ratios = [own / other for own, other in zip(training, first, strict=True)]
+        ratios = [own / other for own, other in zip(rounds[1:], first, strict=True)]
         print(
-            f"| `{name}` | {statistics.median(collection):.2f} s | {statistics.median(training):.2f} s "
-            f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {memory[name]:.0f} MiB |"
+            f"| `{name}` | {statistics.median(rounds[1:]):.2f} s | {statistics.median(ratios):.2f} "
+            f"({min(ratios):.2f} to {max(ratios):.2f}) | {memory[name]:.0f} MiB |"
         )
 
 
 def count(name: str, args: argparse.Namespace, folder: str) -> str:
     """A row of launches, graphs, copies and waits of the second training iteration; the first makes what lasts."""
     experiment = make_experiment(name, args, folder)
-    batches = iter(experiment.collector)
-    train(experiment, next(batches))
-    batch = next(batches)
+    batch, _ = collect(experiment, torch.cuda.synchronize, 1)
+    train(experiment, batch)
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         train(experiment, batch)
         torch.cuda.synchronize()
     calls = Counter({event.key: event.count for event in profile.key_averages()})
-    batch = next(batches)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -113,10 +120,7 @@ def count(name: str, args: argparse.Namespace, folder: str) -> str:
             torch.cuda.set_sync_debug_mode("default")
     waits = [warning.filename for warning in caught if "synchronizing CUDA operation" in str(warning.message)]
     own = sum("benchmarl_trust" in filename for filename in waits)
-    return (
-        f"| `{name}` | {sum(calls[key] for key in LAUNCHES)} | {calls['cudaGraphLaunch']} "
-        f"| {calls['cudaMemcpyAsync']} | {len(waits)} | {own} |"
-    )
+    return f"| `{name}` | {sum(calls[key] for key in LAUNCHES)} | {calls['cudaMemcpyAsync']} | {len(waits)} | {own} |"
 
 
 def main() -> None:
@@ -139,7 +143,7 @@ def main() -> None:
         if not args.counts:
             time_iterations(args, folder)
             return
-        print("| algorithm | launches | graphs | copies | waits | of them in the package |\n|---|---|---|---|---|---|")
+        print("| algorithm | launches | copies | waits | of them in the package |\n|---|---|---|---|---|")
         for name in args.algorithms:
             print(count(name, args, folder), flush=True)
 
