@@ -18,6 +18,7 @@ from benchmarl_trust import MarsConfig
 pytest.importorskip("rliable")
 pytest.importorskip("matplotlib")
 from rliable import metrics
+from scipy.stats import ttest_ind
 
 from benchmarl_trust.report import __main__ as command
 from benchmarl_trust.report import aggregates, compact, pictures, statistics
@@ -214,6 +215,44 @@ def test_probability_of_improvement(two_tasks, report):
     assert aggregates.probability_of_improvement(x, y) == pytest.approx(metrics.probability_of_improvement(x, y))
 
 
+def test_differences_have_welchs_interval(two_tasks, report):
+    printed = report(two_tasks, "--baseline", "mappo")
+    found = table(two_tasks / "differences.csv")
+    assert [(row["task"], row["label"]) for row in found] == [(f"vmas/{task}", "mars") for task in BOUNDS]
+    for row, task in zip(found, BOUNDS, strict=True):
+        x, y = (np.array(FINAL[label][task]) for label in ("mars", "mappo"))
+        interval = ttest_ind(x, y, equal_var=False).confidence_interval(0.95)
+        expected = [x.mean() - y.mean(), interval.low, interval.high]
+        assert [float(row[key]) for key in ("difference", "low", "high")] == pytest.approx(expected, rel=1e-5)
+    cells = [f"{float(row['difference']):.1f} ({float(row['low']):.1f} to {float(row['high']):.1f})" for row in found]
+    assert "| algorithm | vmas/balance | vmas/spread |" in " ".join(printed.split())
+    assert f"| mars | {' | '.join(cells)} |" in " ".join(printed.split())
+    report(two_tasks)
+    assert not (two_tasks / "differences.csv").exists()
+
+
+def test_differences_of_the_score_that_is_chosen(two_tasks, report):
+    report(two_tasks, "--baseline", "mappo", "--score", "best")
+    best = {label: np.maximum(1, FINAL[label]["balance"]).mean() for label in FINAL}
+    found = [float(row["difference"]) for row in table(two_tasks / "differences.csv")]
+    # Of spread all evaluations before the last, 0 and 1, are above it.
+    assert found == pytest.approx([best["mars"] - best["mappo"], 0])
+
+
+def test_differences_where_little_is_known(tmp_path, report):
+    for seed, value in enumerate((1.0, 3.0)):
+        write_run(tmp_path, "mappo", "balance", seed, (0.0, 0.0, value))
+        write_run(tmp_path, "mappo", "level", seed, (0.0, 0.0, 0.5))
+        write_run(tmp_path, "mars", "level", seed, (0.0, 0.0, 0.7501))
+        write_run(tmp_path, "happo", "balance", seed, (0.0, value), frames=20, planned=20)
+    write_run(tmp_path, "mars", "balance", 0, (0.0, 0.0, 2.0))
+    printed = report(tmp_path, "--baseline", "mappo")
+    # One seed of mars and fewer frames of happo on balance are left out; on level no seed differs from another.
+    (row,) = table(tmp_path / "differences.csv")
+    assert row == {"task": "vmas/level", "label": "mars", "difference": "0.2501", "low": "", "high": ""}
+    assert "| mars | 0.25 |" in " ".join(printed.split())
+
+
 def test_interval_of_the_probability_of_improvement(two_tasks, report):
     report(two_tasks, "--baseline", "mappo")
     (row,) = [row for row in table(two_tasks / "aggregate.csv") if row["label"] == "mars"]
@@ -328,7 +367,7 @@ def test_the_same_bytes_twice(two_tasks, tmp_path, report):
         )
     for a, b in (("a", "b"), ("saved_a", "saved_b")):
         files = sorted(file.name for file in (tmp_path / a).iterdir())
-        assert len(files) == (9 if a == "a" else 17)
+        assert len(files) == (10 if a == "a" else 17)
         assert files == sorted(file.name for file in (tmp_path / b).iterdir())
         for name in files:
             assert (tmp_path / a / name).read_bytes() == (tmp_path / b / name).read_bytes(), name
@@ -358,7 +397,7 @@ def test_saved_results_give_the_same_numbers(two_tasks, tmp_path, report):
     second = report(saved, "--baseline", "mappo")
     assert rows(second) == rows(first)
     assert len(rows(second)) == 4
-    for name in ("report.csv", "aggregate.csv"):
+    for name in ("report.csv", "differences.csv", "aggregate.csv"):
         same_numbers(two_tasks / name, saved / name)
     assert "unfinished, 20 of 40 frames" in second
     assert rows(report(saved, "--frames", 20))["vmas/balance", "happo"][2] == "0.333"
@@ -525,7 +564,7 @@ def test_a_folder_per_task_makes_one_arm(two_tasks, tmp_path, report):
             shutil.copytree(run, tmp_path / task / run.name)
     bounds = ("--bounds", two_tasks / "bounds.json")
     report(tmp_path / "balance", tmp_path / "spread", "--baseline", "mappo", *bounds, "--out", tmp_path / "two")
-    for name in ("report.csv", "aggregate.csv"):
+    for name in ("report.csv", "differences.csv", "aggregate.csv"):
         assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text()
 
 

@@ -4,8 +4,9 @@ r"""Tables and pictures of BenchMARL runs, from the JSON and CSV files that Benc
         hydra.sweep.dir=outputs/first
     python -m benchmarl_trust.report outputs/first --baseline mappo
 
-prints, and writes into the folder of --out, report.md, report.csv and the learning curves; over tasks, where there is
-enough for it, aggregate.csv and pictures of the aggregates and of the performance profile. docs/report.md says what
+prints, and writes into the folder of --out, report.md, report.csv and the learning curves; with a baseline
+differences.csv; over tasks, where there is enough for it, aggregate.csv and pictures of the aggregates and of the
+performance profile. docs/report.md says what
 each number is.
 """
 
@@ -20,7 +21,7 @@ from benchmarl_trust.report.folders import read_folders, split_label
 from benchmarl_trust.report.runs import ReportError, Run
 
 WORDS = {"return": "return", "collection_return": "return in collection", "kl": "KL (nats)", "time_s": "time (s)"}
-WRITTEN = ["report.md", "report.csv", "aggregate.csv"]
+WRITTEN = ["report.md", "report.csv", "differences.csv", "aggregate.csv"]
 WRITTEN += [f"{name}.{kind}" for name in pictures.NAMES for kind in ("png", "svg")]
 
 
@@ -44,7 +45,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="a folder with runs below it, such as a Hydra multirun's, or with saved ones; LABEL is for all of them",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="for what is written; default: the first")
-    parser.add_argument("--baseline", metavar="LABEL", help="over which the probability of improvement is computed")
+    parser.add_argument(
+        "--baseline",
+        metavar="LABEL",
+        help="from which differences and over which the probability of improvement are computed",
+    )
     parser.add_argument(
         "--metric",
         default="return",
@@ -88,12 +93,14 @@ def report(options: argparse.Namespace) -> str:
     cells = statistics.cells(runs, options.metric, options.frames, notes)
     bounds = aggregates.read_bounds(_bounds_files(options), options.metric)
     over_tasks = aggregates.aggregate(cells, bounds, options.baseline, options.score, options.metric, notes)
-    text = _text(options, what, score, cells, over_tasks, bounds, notes)
+    differences = statistics.differences(cells, options.baseline, options.score)
+    text = _text(options, what, score, cells, differences, over_tasks, bounds, notes)
     with _writing("--out", out):
         for name in WRITTEN:  # an earlier report may have written what this one does not
             (out / name).unlink(missing_ok=True)
         drawn = pictures.draw(cells, over_tasks, options.baseline, what, score, out)
         tables.write_csv(cells, over_tasks, out)
+        tables.write_differences(differences, out)
         shown = "\n".join(f"![{file.stem.replace('_', ' ')}]({file.name})" for file in drawn)
         (out / "report.md").write_text(f"{text}\n\n{shown}\n")
     names = ", ".join(file.stem for file in drawn)
@@ -145,6 +152,7 @@ def _text(
     what: str,
     score: str,
     cells: list[statistics.Cell],
+    differences: list[statistics.Difference],
     over_tasks: aggregates.Aggregates,
     bounds: dict[str, aggregates.Bounds],
     notes: list[str],
@@ -156,6 +164,8 @@ def _text(
         "over frames), mean ± standard deviation over seeds; wall time and KL per iteration, means over seeds.",
         tables.by_task(cells),
     ]
+    if table := tables.differences(differences):
+        parts += [f"Of the {score}, the difference from {options.baseline}, 95 % interval by Welch's t-test:", table]
     if table := tables.over_tasks(over_tasks, options.baseline):
         parts += [f"Over tasks, of the {score} ({'; '.join(over_tasks.tasks)}):", table]
     if over_tasks.iqm:

@@ -6,12 +6,14 @@ A run's evaluations are returns :math:`R(t)`, the mean over episodes, at frames 
     \text{area} = \frac{1}{t_K - t_1} \sum_{k<K} (t_{k+1} - t_k) \frac{R(t_k) + R(t_{k+1})}{2}
 
 so that the area is the mean return over frames (trapezoid). With n seeds, a table has their mean and standard deviation
-:math:`\sqrt{\sum_i (x_i - \bar x)^2 / n}`.
+:math:`\sqrt{\sum_i (x_i - \bar x)^2 / n}`. The difference of two arms' means has the interval of Welch's t-test, which
+assumes neither equal variances nor paired seeds.
 """
 
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -58,6 +60,60 @@ def area(curve: Curve) -> float:
     """
     frames, values = np.array(list(curve), dtype=float), np.array(list(curve.values()))
     return float(np.trapezoid(values, frames) / (frames[-1] - frames[0])) if len(frames) > 1 else float(values[0])
+
+
+class Difference(NamedTuple):
+    """Of two arms' means on a task, and the ends of its 95 % interval."""
+
+    task: str
+    label: str
+    value: float
+    low: float
+    high: float
+
+
+def differences(found: list[Cell], baseline: str | None, score: str) -> list[Difference]:
+    """Of each arm from the baseline, on the tasks where both have two seeds or more and equal frames.
+
+    Args:
+        found (list of Cell): as :func:`cells` gives them.
+        baseline (str, optional): an arm's label; with None there are no differences.
+        score (str): of ``SCORES``.
+    """
+    others = {cell.task: cell for cell in found if cell.label == baseline}
+    pairs = [(cell, others[cell.task]) for cell in found if cell.task in others and cell.label != baseline]
+    return [
+        Difference(cell.task, cell.label, *welch(cell.scores[score], other.scores[score]))
+        for cell, other in pairs
+        if cell.frames == other.frames and min(len(cell.seeds), len(other.seeds)) > 1
+    ]
+
+
+def welch(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
+    r"""The difference of means and its 95 % interval by Welch's t-test.
+
+    :math:`\bar x - \bar y \pm t_\nu \sqrt{s_x^2 / n_x + s_y^2 / n_y}` with the 97.5 % quantile :math:`t_\nu` of
+    Student's distribution and the degrees of freedom :math:`\nu` of Welch and Satterthwaite.
+
+    Args:
+        x (numpy.ndarray): one arm's scores, [seeds], two or more.
+        y (numpy.ndarray): another's, [seeds'].
+
+    Returns: difference, low and high; where neither arm has any spread nothing is known of the interval, nan.
+
+    Examples:
+        >>> [round(number, 3) for number in welch(np.array([4.0, 6.0]), np.array([1.0, 3.0]))]
+        [3.0, -3.085, 9.085]
+    """
+    from scipy.stats import t
+
+    value = float(x.mean() - y.mean())
+    a, b = x.var(ddof=1) / len(x), y.var(ddof=1) / len(y)
+    if a + b == 0:
+        return value, math.nan, math.nan
+    freedom = (a + b) ** 2 / (a**2 / (len(x) - 1) + b**2 / (len(y) - 1))
+    half = float(t.ppf(0.975, freedom) * math.sqrt(a + b))
+    return value, value - half, value + half
 
 
 def cells(runs: list[Run], metric: str, up_to: int | None, notes: list[str]) -> list[Cell]:

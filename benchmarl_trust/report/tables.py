@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarl_trust.report.aggregates import Aggregates, Bounds, Estimate
-from benchmarl_trust.report.statistics import SCORES, Cell
+from benchmarl_trust.report.statistics import SCORES, Cell, Difference
 
 
 def by_task(cells: list[Cell]) -> str:
@@ -38,6 +38,17 @@ def over_tasks(aggregates: Aggregates, baseline: str | None) -> str:
     rows = [["algorithm", *(f"{name}, 95 % interval" for name, _ in parts)]]
     rows += [[label, *(_interval(own.get(label)) for _, own in parts)] for label in labels]
     return table(rows, left=1) if parts else ""
+
+
+def differences(found: list[Difference]) -> str:
+    """A row per arm and a column per task; an empty string where nothing is known."""
+    tasks, labels = (list(dict.fromkeys(column)) for column in ([d.task for d in found], [d.label for d in found]))
+    largest: dict[str, float] = defaultdict(float)
+    for d in found:
+        largest[d.task] = max(largest[d.task], *(abs(number) for number in d[2:] if math.isfinite(number)))
+    there = {(d.task, d.label): _difference(d, 1 if largest[d.task] > 1 else 2) for d in found}
+    rows = [["algorithm", *tasks], *([label, *(there.get((task, label), "-") for task in tasks)] for label in labels)]
+    return table(rows, left=1) if found else ""
 
 
 def table(rows: Sequence[Sequence[str]], left: int) -> str:
@@ -83,6 +94,13 @@ def write_csv(cells: list[Cell], aggregates: Aggregates, out: Path) -> list[Path
     return files
 
 
+def write_differences(found: list[Difference], out: Path) -> None:
+    """``differences.csv``, a row per task and arm, where there are any."""
+    if found:
+        rows = [[d.task, d.label, *map(_plain, (d.value, d.low, d.high))] for d in found]
+        _write([["task", "label", "difference", "low", "high"], *rows], out / "differences.csv")
+
+
 def describe_bounds(bounds: dict[str, Bounds], tasks: list[str]) -> list[str]:
     """A line per task."""
     return [
@@ -100,6 +118,11 @@ def _three(estimate: Estimate | None) -> tuple[float, float, float]:
 
 def _interval(estimate: Estimate | None) -> str:
     return "-" if estimate is None else "{:.2f} [{:.2f}, {:.2f}]".format(*_three(estimate))
+
+
+def _difference(found: Difference, digits: int) -> str:
+    value, low, high = (f"{round(number, digits) + 0.0:.{digits}f}" for number in found[2:])  # no -0.00
+    return f"{value} ({low} to {high})" if math.isfinite(found.low) else value
 
 
 def _mean(values: np.ndarray, digits: int) -> str:
