@@ -1,15 +1,18 @@
 """What an iteration costs on a device, by algorithm: seconds, and on a GPU launches, waits and memory.
 
-    python benchmarks/iteration.py --device cuda                             # as experiment=vmas_fine_tuned
+    python benchmarks/iteration.py --device cuda                             # the sizes of experiment=vmas_fine_tuned
     python benchmarks/iteration.py --device cpu --algorithms mappo happo
     python benchmarks/iteration.py --device cuda --counts                    # launches and waits of a short iteration
 
-VMAS balance, 60,000 frames of 600 environments, 45 epochs of minibatches of 4096, MLP 256 x 256, separate policies. All
-train on the same collected batch, in turns and several times over, in one process. Printed are the median seconds, and
-the median of their ratios to MAPPO in the same round, with the least and the largest.
+VMAS balance, 60,000 frames of 600 environments, 45 epochs of minibatches of 4096, MLP 256 x 256, separate policies, all
+else BenchMARL's defaults. All train on the same collected batch, in turns and several times over, in one process.
+Training is the processing of the batch and the optimizer's steps, without logging and without the callbacks at an
+iteration's start and end (the package's check of the batch and exact KL). Printed are the median seconds, the median of
+their ratios to the first algorithm's in the same round, with the least and the largest, and the peak of PyTorch's
+allocated memory in the last round less what was allocated before it.
 
-With --counts, instead, one training iteration of 2 epochs x 4 minibatches: kernels launched and copies, by PyTorch's
-profiler, and the places at which the host waited for the GPU.
+With --counts, instead, the same of 2 epochs x 4 minibatches: kernels launched and copies, by PyTorch's profiler, and
+how often the host waited for the GPU, at any line and at lines of the package itself.
 """
 
 import argparse
@@ -19,6 +22,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from benchmarl.algorithms import MappoConfig
@@ -27,9 +31,11 @@ from benchmarl.experiment import Experiment, ExperimentConfig
 from benchmarl.models.mlp import MlpConfig
 from tensordict import TensorDictBase
 
+import benchmarl_trust
 from benchmarl_trust import ALGORITHMS
 
 KNOWN = {"mappo": MappoConfig, **ALGORITHMS}
+PACKAGE = Path(benchmarl_trust.__file__).parent
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx")
 
 
@@ -50,7 +56,7 @@ def make_experiment(name: str, args: argparse.Namespace, folder: str) -> Experim
 
 
 def train(experiment: Experiment, batch) -> None:
-    """What BenchMARL's loop does with a collected batch."""
+    """What BenchMARL's loop does with a collected batch, but for callbacks and logging."""
     config = experiment.config
     group_batch = batch.exclude(*experiment._get_excluded_keys("agents"))
     group_batch = experiment.algorithm.process_batch("agents", group_batch).reshape(-1)
@@ -102,7 +108,7 @@ def time_iterations(args: argparse.Namespace, folder: str) -> None:
 
 
 def count(name: str, args: argparse.Namespace, folder: str) -> str:
-    """A row of launches, graphs, copies and waits of the second training iteration; the first makes what lasts."""
+    """A row of launches and copies of the second training, and waits of the third; the first makes what lasts."""
     experiment = make_experiment(name, args, folder)
     batch, _ = collect(experiment, torch.cuda.synchronize, 1)
     train(experiment, batch)
@@ -119,7 +125,7 @@ def count(name: str, args: argparse.Namespace, folder: str) -> str:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     waits = [warning.filename for warning in caught if "synchronizing CUDA operation" in str(warning.message)]
-    own = sum("benchmarl_trust" in filename for filename in waits)
+    own = sum(Path(filename).is_relative_to(PACKAGE) for filename in waits)
     return f"| `{name}` | {sum(calls[key] for key in LAUNCHES)} | {calls['cudaMemcpyAsync']} | {len(waits)} | {own} |"
 
 

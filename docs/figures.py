@@ -91,7 +91,10 @@ ANIMATIONS = {
 
 
 class Curves(NamedTuple):
-    """Runs of docs/results whose learning curves are drawn: a part of the study, and what of it."""
+    """Runs of docs/results whose learning curves are drawn: a part of the study, and what of it.
+
+    The first arm is the baseline. Without arms it is the aggregate over tasks of all arms of the part, over MAPPO.
+    """
 
     part: str
     tasks: list[str]
@@ -102,11 +105,23 @@ class Curves(NamedTuple):
     settings: str = "this package's defaults"
 
 
+#: The tasks of the part `tuned` on which all arms have their five seeds.
+TUNED = ["vmas/balance", "vmas/navigation"]
+ALIKE = {"settings": "radii tuned alike", "digits": 2}
+
 CURVES = {
     "learning_curves.svg": Curves("defaults", ["vmas/balance"], ["mappo", "hatrpo", "hatrpog", "happo", "mars"]),
-    "tuned_curves.svg": Curves(
-        "tuned", ["vmas/balance"], ["mappo", "mars 0.45", "maspo 0.9", "hatrpo"], settings="radii tuned alike"
+    "tuned_at_once.svg": Curves("tuned", TUNED, ["mappo", "ippo", "mars 0.45", "maspo 0.9", "gpae"], **ALIKE),
+    "tuned_in_turns.svg": Curves(
+        "tuned",
+        TUNED,
+        ["mappo", "happo 0.4", "cliphappo 0.4", "a2po 0.4", "happo with gpae", "sequential mars 0.45"],
+        **ALIKE,
     ),
+    "tuned_natural.svg": Curves(
+        "tuned", TUNED, ["mappo", "hatrpo", "cliphatrpo", "hatrpow 0.03", "hatrpog 0.03"], **ALIKE
+    ),
+    "tuned_aggregate.svg": Curves("tuned", TUNED, [], **ALIKE),
     "mamujoco_curves.svg": Curves(
         "mamujoco",
         ["mamujoco/halfcheetah_2x3"],
@@ -333,13 +348,8 @@ def plot_reward(ax: Axes, maxima: dict[str, tuple[float, float]], labels: bool) 
 
 def draw_learning_curves(curves: Curves) -> tuple[str, str]:
     """The report's picture of runs in docs/results."""
-    with TemporaryDirectory() as folder:
-        asked = ["--tasks", *curves.tasks, "--labels", *curves.arms, "--baseline", curves.arms[0]]
-        with contextlib.redirect_stdout(io.StringIO()):
-            report.main([str(RESULTS / curves.part), *asked, "--metric", curves.metric, "--out", folder])
-        picture = (Path(folder) / "learning_curves.svg").read_text()
-        with (Path(folder) / "report.csv").open() as file:
-            rows = {(row["task"], row["label"]): row for row in csv.DictReader(file)}
+    picture, tables = reported(curves, "learning_curves.svg", "report.csv")
+    rows = {(row["task"], row["label"]): row for row in tables}
     row = rows[curves.tasks[0], curves.arms[0]]
     seeds = row["seeds"].split()
     number = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
@@ -353,7 +363,40 @@ def draw_learning_curves(curves: Curves) -> tuple[str, str]:
         f"Learning curves on {' and '.join(curves.tasks)}: {curves.words} in evaluation over {int(row['frames']):,} "
         f"frames, {number}, networks of 64 x 64, {curves.settings}. At the end{spread}: {ends}."
     )
-    return picture.replace("<svg ", f"<!-- docs/figures.py, {VERSIONS} -->\n<svg ", 1), alt
+    return picture, alt
+
+
+def draw_aggregate(curves: Curves) -> tuple[str, str]:
+    """The report's picture of all arms over tasks."""
+    picture, rows = reported(curves, "aggregate.svg", "aggregate.csv")
+
+    def listed(name: str) -> str:
+        there = [row for row in rows if row[f"{name}_estimate"]]
+        numbers = ([float(row[f"{name}_{end}"]) for end in ("estimate", "low", "high")] for row in there)
+        return ", ".join(
+            f"{row['label']} {value:.2f} ({low:.2f} to {high:.2f})"
+            for row, (value, low, high) in zip(there, numbers, strict=True)
+        )
+
+    alt = (
+        f"Aggregates of the last evaluation over {' and '.join(curves.tasks)}, {curves.settings}, with 95 % bootstrap "
+        f"intervals. Interquartile mean, normalised: {listed('iqm')}. Probability of improvement over mappo: "
+        f"{listed('improvement')}."
+    )
+    return picture, alt
+
+
+def reported(curves: Curves, picture: str, table: str) -> tuple[str, list[dict[str, str]]]:
+    """A picture and the rows of a table that the report makes of them."""
+    asked = ["--tasks", *curves.tasks, "--metric", curves.metric, "--baseline", (curves.arms or ["mappo"])[0]]
+    asked += ["--labels", *curves.arms] if curves.arms else []
+    with TemporaryDirectory() as folder:
+        with contextlib.redirect_stdout(io.StringIO()):
+            report.main([str(RESULTS / curves.part), *asked, "--out", folder])
+        drawn = (Path(folder) / picture).read_text()
+        with (Path(folder) / table).open() as file:
+            rows = list(csv.DictReader(file))
+    return drawn.replace("<svg ", f"<!-- docs/figures.py, {VERSIONS} -->\n<svg ", 1), rows
 
 
 def final(row: dict[str, str], digits: int) -> str:
@@ -382,7 +425,7 @@ def draw(out: Path) -> dict[str, str]:
             rounded = re.sub(r'(?<=[ "])-?\d+\.\d{3,}', lambda match: f"{float(match[0]):.2f}", buffer.getvalue())
             (out / name).write_text(rounded)
     for name, curves in CURVES.items():
-        picture, alts[name] = draw_learning_curves(curves)
+        picture, alts[name] = (draw_learning_curves if curves.arms else draw_aggregate)(curves)
         (out / name).write_text(picture)
     return alts
 

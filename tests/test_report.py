@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import warnings
 import xml.etree.ElementTree
 from pathlib import Path
 
@@ -224,7 +225,7 @@ def test_differences_have_welchs_interval(two_tasks, report):
         interval = ttest_ind(x, y, equal_var=False).confidence_interval(0.95)
         expected = [x.mean() - y.mean(), interval.low, interval.high]
         assert [float(row[key]) for key in ("difference", "low", "high")] == pytest.approx(expected, rel=1e-5)
-    cells = [f"{float(row['difference']):.1f} ({float(row['low']):.1f} to {float(row['high']):.1f})" for row in found]
+    cells = [f"{float(row['difference']):.2f} ({float(row['low']):.2f} to {float(row['high']):.2f})" for row in found]
     assert "| algorithm | vmas/balance | vmas/spread |" in " ".join(printed.split())
     assert f"| mars | {' | '.join(cells)} |" in " ".join(printed.split())
     report(two_tasks)
@@ -239,18 +240,54 @@ def test_differences_of_the_score_that_is_chosen(two_tasks, report):
     assert found == pytest.approx([best["mars"] - best["mappo"], 0])
 
 
+@pytest.mark.parametrize("sizes", [(2, 5), (5, 2), (4, 3)])
+@pytest.mark.parametrize("spread", [0.0, 0.2, 3.0])
+def test_welch_with_unequal_seeds(sizes, spread):
+    draw = np.random.default_rng(sum(sizes))
+    x, y = 1.5 + spread * draw.normal(size=sizes[0]), draw.normal(size=sizes[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # SciPy's, where one has no spread
+        interval = ttest_ind(x, y, equal_var=False).confidence_interval(0.95)
+    assert statistics.welch(x, y) == pytest.approx((x.mean() - y.mean(), interval.low, interval.high), rel=1e-9)
+    swapped = statistics.welch(y, x)
+    assert swapped == pytest.approx((y.mean() - x.mean(), -interval.high, -interval.low), rel=1e-9)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 7])
+def test_welch_without_any_spread(seeds):
+    value, low, high = statistics.welch(np.full(seeds, 0.7), np.full(seeds, 0.1))
+    assert value == pytest.approx(0.6)
+    assert np.isnan([low, high]).all()
+
+
 def test_differences_where_little_is_known(tmp_path, report):
-    for seed, value in enumerate((1.0, 3.0)):
+    for seed, value in enumerate((1.0, 3.0, 5.0)):
         write_run(tmp_path, "mappo", "balance", seed, (0.0, 0.0, value))
-        write_run(tmp_path, "mappo", "level", seed, (0.0, 0.0, 0.5))
-        write_run(tmp_path, "mars", "level", seed, (0.0, 0.0, 0.7501))
+        write_run(tmp_path, "mappo", "level", seed, (0.0, 0.0, 0.1))
+        write_run(tmp_path, "mars", "level", seed, (0.0, 0.0, 0.0996))
         write_run(tmp_path, "happo", "balance", seed, (0.0, value), frames=20, planned=20)
+        write_run(tmp_path, "hatrpo", "balance", seed, (0.0, 0.0, value + 1))
+        write_run(tmp_path, "hatrpo", "spread", seed, (0.0, 0.0, value))
+    write_run(tmp_path, "mappo", "spread", 0, (0.0, 0.0, 2.0))
     write_run(tmp_path, "mars", "balance", 0, (0.0, 0.0, 2.0))
     printed = report(tmp_path, "--baseline", "mappo")
-    # One seed of mars and fewer frames of happo on balance are left out; on level no seed differs from another.
-    (row,) = table(tmp_path / "differences.csv")
-    assert row == {"task": "vmas/level", "label": "mars", "difference": "0.2501", "low": "", "high": ""}
-    assert "| mars | 0.25 |" in " ".join(printed.split())
+    # Left out: mars on balance and mappo on spread, of which there is one seed, and happo, which has fewer frames.
+    found = {(row["task"], row["label"]): row for row in table(tmp_path / "differences.csv")}
+    assert found.keys() == {("vmas/level", "mars"), ("vmas/balance", "hatrpo")}
+    assert found["vmas/level", "mars"] == {
+        "task": "vmas/level",
+        "label": "mars",
+        "difference": "-0.0004",
+        "low": "",
+        "high": "",
+    }
+    lines = [" ".join(line.split()) for line in printed.split("the difference from mappo")[1].splitlines()]
+    header = next(line for line in lines if line.startswith("| algorithm"))
+    tasks = header.strip("| ").split(" | ")[1:]
+    cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in lines if "| " in line}
+    assert dict(zip(tasks, cells["mars"], strict=True)) == {"vmas/balance": "-", "vmas/level": "0.000"}
+    assert cells["hatrpo"][tasks.index("vmas/level")] == "-"
+    assert cells["hatrpo"][tasks.index("vmas/balance")].startswith("1.00 (-3.")
 
 
 def test_interval_of_the_probability_of_improvement(two_tasks, report):

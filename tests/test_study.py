@@ -108,7 +108,6 @@ def test_the_study_in_the_repository_is_what_its_plan_says():
 #: Of the parts whose tables are on the page: what they are of, its decimals, and their rows.
 TABLES = {
     "defaults": ("return", 2, 5),
-    "tuned": ("return", 2, 4),
     "mamujoco": ("return", 0, 6),
     "smax": ("win_rate", 3, 10),
 }
@@ -129,6 +128,50 @@ def test_the_tables_on_the_page_are_the_reports(part, tmp_path):
             values = [f"{value} ± {spread}" for value, spread in zip(values, spreads, strict=True)]
         start = f"| `{row['task']}` | `{row['label']}`" if several else f"| `{row['label']}`"
         assert any(line.startswith(start) and f"| {' | '.join(values)} |" in line for line in page), row
+
+
+def test_the_tables_of_tuned_radii_are_the_reports(tmp_path):
+    """Arms by tasks, on the tasks on which all arms have all seeds; another table has the aggregates over these."""
+    part = PLAN["parts"]["tuned"]
+    runs = compact.load(ROOT / "docs" / "results" / "tuned")
+    arms = {run.arm for run in study.planned(PLAN) if run.part == "tuned"}
+    there = Counter(run.task for run in runs)
+    tasks = [task for task in part["tasks"] if there[task] == len(arms) * len(part["seeds"])]
+    assert len(arms) == 14
+    assert len(tasks) >= 2
+    command = [str(ROOT / "docs" / "results" / "tuned"), "--tasks", *tasks, "--baseline", "mappo"]
+    page = (ROOT / "docs" / "results.md").read_text().split("### Tuned radii")[1].split("\n### ")[0]
+    aggregates_of = {}
+    for score in ("area", "final"):
+        report.main([*command, "--score", score, "--out", str(tmp_path)])
+        with (tmp_path / "aggregate.csv").open() as file:
+            aggregates_of[score] = {row["label"]: row for row in csv.DictReader(file)}
+    with (tmp_path / "report.csv").open() as file:
+        rows = {(row["task"], row["label"]): row for row in csv.DictReader(file)}
+    printed = (tmp_path / "report.md").read_text().split("the difference from mappo")[1].split("Over tasks")[0]
+    differences = {line.split(" | ")[0].strip("| "): line for line in map(squeezed, printed.splitlines())}
+    for arm in arms:
+        cells = [spread(rows[task, arm], score) for task in tasks for score in ("final", "area")]
+        assert f"| `{arm}` | {' | '.join(cells)} |" in page
+        found = [aggregates_of[score][arm] for score in ("final", "area")]
+        cells = [interval(row, name) for row in found for name in ("iqm", "improvement")]
+        assert squeezed(f"| `{arm}` | {' | '.join(cells)} |") in page
+        if arm != "mappo":
+            assert differences[arm].count("(") == len(tasks)
+            assert differences[arm].replace(arm, f"`{arm}`", 1) in page
+
+
+def squeezed(line):
+    return " ".join(line.split())
+
+
+def spread(row, score):
+    return f"{float(row[f'{score}_mean']):.2f} ± {float(row[f'{score}_std']):.2f}"
+
+
+def interval(row, name):
+    ends = [row[f"{name}_{end}"] for end in ("estimate", "low", "high")]
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*map(float, ends)) if ends[0] else ""
 
 
 def test_a_tasks_settings_are_in_its_name():

@@ -6,8 +6,7 @@ r"""Tables and pictures of BenchMARL runs, from the JSON and CSV files that Benc
 
 prints, and writes into the folder of --out, report.md, report.csv and the learning curves; with a baseline
 differences.csv; over tasks, where there is enough for it, aggregate.csv and pictures of the aggregates and of the
-performance profile. docs/report.md says what
-each number is.
+performance profile. docs/report.md says what each number is.
 """
 
 import argparse
@@ -60,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--score",
         choices=statistics.SCORES,
         default="final",
-        help="of a run, to aggregate over tasks: its final or best evaluation, or the area; default: %(default)s",
+        help="of a run, for differences and over tasks: final or best evaluation, or the area; default: %(default)s",
     )
     parser.add_argument("--frames", type=_positive, metavar="N", help="look no further than these frames")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these; default: all")

@@ -109,7 +109,7 @@ def welch(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
 
     value = float(x.mean() - y.mean())
     a, b = x.var(ddof=1) / len(x), y.var(ddof=1) / len(y)
-    if a + b == 0:
+    if np.ptp(x) == 0 == np.ptp(y):  # rounding leaves a variance above 0
         return value, math.nan, math.nan
     freedom = (a + b) ** 2 / (a**2 / (len(x) - 1) + b**2 / (len(y) - 1))
     half = float(t.ppf(0.975, freedom) * math.sqrt(a + b))
@@ -138,7 +138,7 @@ def cells(runs: list[Run], metric: str, up_to: int | None, notes: list[str]) -> 
     found = [_cell(own, up_to, notes) for own in grouped.values()]
     if not found:
         raise ReportError("No run can be reported.\n" + "\n".join(f"- {note}" for note in notes))
-    _note_differences(found, notes)
+    _note_unequal(found, notes)
     return found
 
 
@@ -200,7 +200,7 @@ def _cell(own: list[tuple[Run, Curve]], up_to: int | None, notes: list[str]) -> 
     return cell
 
 
-def _note_differences(found: list[Cell], notes: list[str]) -> None:
+def _note_unequal(found: list[Cell], notes: list[str]) -> None:
     """Between the arms of a task."""
     by_task = defaultdict(list)
     for cell in found:

@@ -46,7 +46,7 @@ def differences(found: list[Difference]) -> str:
     largest: dict[str, float] = defaultdict(float)
     for d in found:
         largest[d.task] = max(largest[d.task], *(abs(number) for number in d[2:] if math.isfinite(number)))
-    there = {(d.task, d.label): _difference(d, 1 if largest[d.task] > 1 else 2) for d in found}
+    there = {(d.task, d.label): _difference(d, 2 if largest[d.task] > 1 else 3) for d in found}
     rows = [["algorithm", *tasks], *([label, *(there.get((task, label), "-") for task in tasks)] for label in labels)]
     return table(rows, left=1) if found else ""
 
