@@ -7,7 +7,7 @@
 
 Drawings are SVG; their data is in ``docs/results``, each file with the command that made it in ``MEASUREMENTS``, or by
 ``record_battle``, which needs the extra ``smax``. Their
-bytes depend on nothing but the data and the versions of matplotlib, NumPy and contourpy, which each file names. The
+bytes depend on nothing but the data and the versions of the libraries that each file names. The
 text alternatives are in ``alt.yaml`` beside the pictures; entries of pictures that are made elsewhere stay.
 
 Drawing needs the extra ``report``. Animations need VMAS (extra ``vmas``) and OpenGL, on Debian and Ubuntu ``apt-get
@@ -25,11 +25,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-import contourpy
 import matplotlib as mpl
 import matplotlib.style
 import numpy as np
@@ -69,7 +69,7 @@ STYLE = {
     "lines.linewidth": 1.6,
     "legend.frameon": False,
 }
-VERSIONS = f"matplotlib {mpl.__version__}, NumPy {np.__version__}, contourpy {contourpy.__version__}"
+VERSIONS = ", ".join(f"{name} {version(name)}" for name in ("matplotlib", "numpy", "contourpy", "rliable", "arch"))
 
 #: The commands that measure what is drawn, and where the file of theirs goes that is drawn.
 MEASUREMENTS = {

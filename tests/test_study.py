@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -107,7 +108,6 @@ def test_the_study_in_the_repository_is_what_its_plan_says():
 
 #: Of the parts whose tables are on the page: what they are of, its decimals, and their rows.
 TABLES = {
-    "defaults": ("return", 2, 5),
     "mamujoco": ("return", 0, 6),
     "smax": ("win_rate", 3, 10),
 }
@@ -130,35 +130,87 @@ def test_the_tables_on_the_page_are_the_reports(part, tmp_path):
         assert any(line.startswith(start) and f"| {' | '.join(values)} |" in line for line in page), row
 
 
-def test_the_tables_of_tuned_radii_are_the_reports(tmp_path):
-    """Arms by tasks, on the tasks on which all arms have all seeds; another table has the aggregates over these."""
-    part = PLAN["parts"]["tuned"]
-    runs = compact.load(ROOT / "docs" / "results" / "tuned")
-    arms = {run.arm for run in study.planned(PLAN) if run.part == "tuned"}
-    there = Counter(run.task for run in runs)
-    tasks = [task for task in part["tasks"] if there[task] == len(arms) * len(part["seeds"])]
-    assert len(arms) == 14
-    assert len(tasks) >= 2
-    command = [str(ROOT / "docs" / "results" / "tuned"), "--tasks", *tasks, "--baseline", "mappo"]
-    page = (ROOT / "docs" / "results.md").read_text().split("### Tuned radii")[1].split("\n### ")[0]
-    aggregates_of = {}
-    for score in ("area", "final"):
-        report.main([*command, "--score", score, "--out", str(tmp_path)])
-        with (tmp_path / "aggregate.csv").open() as file:
-            aggregates_of[score] = {row["label"]: row for row in csv.DictReader(file)}
-    with (tmp_path / "report.csv").open() as file:
-        rows = {(row["task"], row["label"]): row for row in csv.DictReader(file)}
+@pytest.mark.slow  # 40 bootstraps
+@pytest.mark.parametrize(("part", "heading"), [("defaults", "### Defaults"), ("tuned", "### Tuned radii")])
+def test_the_tables_by_task_are_the_reports(part, heading, tmp_path):
+    """Arms by tasks, on the tasks on which all arms have all seeds; for tuned radii the aggregates over these too."""
+    folder, page = ROOT / "docs" / "results" / part, section("results.md", heading)
+    tasks = whole_tasks(part)
+    command = [str(folder), "--tasks", *tasks, "--baseline", "mappo", "--out", str(tmp_path)]
+    over = {}
+    for score in ("area", "final") if part == "tuned" else ("final",):
+        report.main([*command, "--score", score])
+        over[score] = {row["label"]: row for row in read(tmp_path / "aggregate.csv")}
+    rows = {(row["task"], row["label"]): row for row in read(tmp_path / "report.csv")}
     printed = (tmp_path / "report.md").read_text().split("the difference from mappo")[1].split("Over tasks")[0]
     differences = {line.split(" | ")[0].strip("| "): line for line in map(squeezed, printed.splitlines())}
+    arms = {label for _, label in rows}
+    assert len(arms) == 14
     for arm in arms:
         cells = [spread(rows[task, arm], score) for task in tasks for score in ("final", "area")]
         assert f"| `{arm}` | {' | '.join(cells)} |" in page
-        found = [aggregates_of[score][arm] for score in ("final", "area")]
-        cells = [interval(row, name) for row in found for name in ("iqm", "improvement")]
-        assert squeezed(f"| `{arm}` | {' | '.join(cells)} |") in page
         if arm != "mappo":
             assert differences[arm].count("(") == len(tasks)
             assert differences[arm].replace(arm, f"`{arm}`", 1) in page
+        if part == "tuned":
+            cells = [interval(over[score][arm], name) for score in ("final", "area") for name in ("iqm", "improvement")]
+            assert squeezed(f"| `{arm}` | {' | '.join(cells)} |") in page
+
+
+#: The arms with tuned radii that are on an algorithm's page beside MAPPO.
+ON_PAGES = {
+    "a2po": ["happo 0.4", "a2po 0.4"],
+    "cliphappo": ["happo 0.4", "cliphappo 0.4"],
+    "cliphatrpo": ["hatrpo", "cliphatrpo"],
+    "gpae": ["gpae"],
+    "happo": ["happo 0.4", "happo with gpae", "sequential mars 0.45"],
+    "hatrpo": ["hatrpo"],
+    "hatrpog": ["hatrpo", "hatrpog 0.03"],
+    "hatrpow": ["hatrpo", "hatrpow 0.03"],
+    "mars": ["maspo 0.9", "mars 0.45"],
+    "maspo": ["maspo 0.9"],
+}
+
+
+@pytest.mark.parametrize("name", ON_PAGES)
+def test_the_table_of_tuned_radii_on_an_algorithms_page(name):
+    table = section(f"algorithms/{name}.md", "| with tuned radii |").split("\n\n")[0].splitlines()[2:]
+    arms, tasks = ["mappo", *ON_PAGES[name]], whole_tasks("tuned")
+    cells = {(cell.task, cell.label): cell for cell in statistics.cells(committed("tuned"), "return", None, [])}
+    for arm, line in zip(arms, table[: len(arms)], strict=True):
+        means = [cells[task, arm].scores[score] for task in tasks for score in ("final", "area")]
+        assert line.endswith(f" | {' | '.join(f'{x.mean():.2f} ± {x.std():.2f}' for x in means)} |")
+    own = ON_PAGES[name][:1] if name == "happo" else ON_PAGES[name][-1:]
+    pairs = [(*own, "mappo"), *[(arm, "mappo") for arm in arms[2:] if name == "happo"]]
+    pairs += [(*own, arm) for arm in arms[1:-1] if name != "happo"]
+    for (arm, other), line in zip(pairs, table[len(arms) :], strict=True):
+        assert "95 %" in line
+        columns = [(task, score) for task in tasks for score in ("final", "area")]
+        for (task, score), text in zip(columns, line.strip("| ").split(" | ")[1:], strict=True):
+            numbers = [float(number.replace("−", "-")) for number in re.findall(r"−?[\d.]+", text)]
+            found = statistics.welch(cells[task, arm].scores[score], cells[task, other].scores[score])
+            assert numbers == pytest.approx(found, abs=0.0501 if max(map(abs, found)) > 1 else 0.00501)
+
+
+def committed(part):
+    return compact.load(ROOT / "docs" / "results" / part)
+
+
+def whole_tasks(part):
+    """The tasks on which all arms have all seeds, in the plan's order."""
+    planned = Counter(run.task for run in study.planned(PLAN) if run.part == part)
+    there = Counter(run.task for run in committed(part))
+    return [task for task in planned if there[task] == planned[task]]
+
+
+def section(file, heading):
+    """What a page has from a heading on, to the next."""
+    return (ROOT / "docs" / file).read_text().split(heading)[1].split("\n## ")[0].split("\n### ")[0]
+
+
+def read(file):
+    with file.open() as lines:
+        return list(csv.DictReader(lines))
 
 
 def squeezed(line):
