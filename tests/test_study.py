@@ -107,10 +107,7 @@ def test_the_study_in_the_repository_is_what_its_plan_says():
 
 
 #: Of the parts whose tables are on the page: what they are of, its decimals, and their rows.
-TABLES = {
-    "mamujoco": ("return", 0, 6),
-    "smax": ("win_rate", 3, 10),
-}
+TABLES = {"mamujoco": ("return", 0, 6), "smax": ("win_rate", 3, 10)}
 
 
 @pytest.mark.parametrize("part", TABLES)
@@ -118,7 +115,7 @@ def test_the_tables_on_the_page_are_the_reports(part, tmp_path):
     metric, digits, number = TABLES[part]
     report.main([str(ROOT / "docs" / "results" / part), "--metric", metric, "--out", str(tmp_path)])
     page = (ROOT / "docs" / "results.md").read_text().splitlines()
-    rows = list(csv.DictReader((tmp_path / "report.csv").open()))
+    rows = read(tmp_path / "report.csv")
     assert len(rows) == number
     several = len({row["task"] for row in rows}) > 1
     for row in rows:
