@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 import struct
 import subprocess
@@ -222,9 +223,12 @@ def test_differences_have_welchs_interval(two_tasks, report):
     assert [(row["task"], row["label"]) for row in found] == [(f"vmas/{task}", "mars") for task in BOUNDS]
     for row, task in zip(found, BOUNDS, strict=True):
         x, y = (np.array(FINAL[label][task]) for label in ("mars", "mappo"))
-        interval = ttest_ind(x, y, equal_var=False).confidence_interval(0.95)
-        expected = [x.mean() - y.mean(), interval.low, interval.high]
-        assert [float(row[key]) for key in ("difference", "low", "high")] == pytest.approx(expected, rel=1e-5)
+        test = ttest_ind(x, y, equal_var=False)
+        expected = [x.mean() - y.mean(), *test.confidence_interval(0.95), test.pvalue]
+        assert [float(row[key]) for key in ("difference", "low", "high", "p")] == pytest.approx(expected, rel=1e-5)
+    first, second = sorted(found, key=lambda row: float(row["p"]))
+    assert float(first["p_holm"]) == pytest.approx(min(2 * float(first["p"]), 1), rel=1e-5)
+    assert float(second["p_holm"]) == pytest.approx(max(float(second["p"]), float(first["p_holm"])), rel=1e-5)
     cells = [f"{float(row['difference']):.2f} ({float(row['low']):.2f} to {float(row['high']):.2f})" for row in found]
     assert "| algorithm | vmas/balance | vmas/spread |" in " ".join(printed.split())
     assert f"| mars | {' | '.join(cells)} |" in " ".join(printed.split())
@@ -248,16 +252,49 @@ def test_welch_with_unequal_seeds(sizes, spread):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # SciPy's, where one has no spread
         interval = ttest_ind(x, y, equal_var=False).confidence_interval(0.95)
-    assert statistics.welch(x, y) == pytest.approx((x.mean() - y.mean(), interval.low, interval.high), rel=1e-9)
+        p = ttest_ind(x, y, equal_var=False).pvalue
+    assert statistics.welch(x, y) == pytest.approx((x.mean() - y.mean(), interval.low, interval.high, p), rel=1e-9)
     swapped = statistics.welch(y, x)
-    assert swapped == pytest.approx((y.mean() - x.mean(), -interval.high, -interval.low), rel=1e-9)
+    assert swapped == pytest.approx((y.mean() - x.mean(), -interval.high, -interval.low, p), rel=1e-9)
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 7])
 def test_welch_without_any_spread(seeds):
-    value, low, high = statistics.welch(np.full(seeds, 0.7), np.full(seeds, 0.1))
+    value, *others = statistics.welch(np.full(seeds, 0.7), np.full(seeds, 0.1))
     assert value == pytest.approx(0.6)
-    assert np.isnan([low, high]).all()
+    assert len(others) == 3
+    assert np.isnan(others).all()
+
+
+def test_holms_correction():
+    """Against the procedure's definition: go up from the smallest, reject while p is at most level / (what is left)."""
+    p = np.array([0.011, math.nan, 0.2, 0.004, 0.012, 0.9, 0.011])
+    corrected = statistics.holm(p)
+    assert np.isnan(corrected).tolist() == [False, True, *[False] * 5]
+    for level in np.linspace(0.001, 0.999, 400):
+        rejected, left = set(), 6
+        for i in [i for i in np.argsort(p) if not math.isnan(p[i])]:
+            if p[i] > level / left:
+                break
+            rejected.add(i)
+            left -= 1
+        assert {i for i in range(7) if corrected[i] <= level} == rejected
+    assert statistics.holm(np.array([math.nan])).shape == (1,)
+
+
+def test_what_is_left_after_the_correction_is_said(tmp_path, report):
+    for seed in range(3):
+        write_run(tmp_path, "mappo", "balance", seed, (0.0, 0.0, 0.1 * seed))
+        write_run(tmp_path, "mars", "balance", seed, (0.0, 0.0, 5 + 0.1 * seed))
+        write_run(tmp_path, "happo", "balance", seed, (0.0, 0.0, 0.1 * seed + 0.05))
+    printed = report(tmp_path, "--baseline", "mappo")
+    (line,) = [line for line in printed.splitlines() if "Holm" in line]
+    assert line.startswith("With Holm's correction for these 2 differences p is below 0.05 for mars on vmas/balance (p = ")
+    assert "happo" not in line
+    (line,) = [x for x in report(tmp_path, "--baseline", "mappo", "--score", "area").splitlines() if "Holm" in x]
+    assert "below 0.05 for mars" in line
+    level = report(tmp_path, "--baseline", "mappo", "--labels", "mappo", "happo")
+    assert "Holm" not in level  # of one there is nothing to correct
 
 
 def test_differences_where_little_is_known(tmp_path, report):
@@ -280,6 +317,8 @@ def test_differences_where_little_is_known(tmp_path, report):
         "difference": "-0.0004",
         "low": "",
         "high": "",
+        "p": "",
+        "p_holm": "",
     }
     lines = [" ".join(line.split()) for line in printed.split("the difference from mappo")[1].splitlines()]
     header = next(line for line in lines if line.startswith("| algorithm"))

@@ -165,6 +165,7 @@ def _text(
     ]
     if table := tables.differences(differences):
         parts += [f"Of the {score}, the difference from {options.baseline}, 95 % interval by Welch's t-test:", table]
+        parts += [line] if (line := tables.significant(differences)) else []
     if table := tables.over_tasks(over_tasks, options.baseline):
         parts += [f"Over tasks, of the {score} ({'; '.join(over_tasks.tasks)}):", table]
     if over_tasks.iqm:

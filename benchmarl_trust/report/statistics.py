@@ -7,7 +7,7 @@ A run's evaluations are returns :math:`R(t)`, the mean over episodes, at frames 
 
 so that the area is the mean return over frames (trapezoid). With n seeds, a table has their mean and standard deviation
 :math:`\sqrt{\sum_i (x_i - \bar x)^2 / n}`. The difference of two arms' means has the interval of Welch's t-test, which
-assumes neither equal variances nor paired seeds.
+assumes neither equal variances nor paired seeds; its p-values are corrected for their number by Holm's method.
 """
 
 import math
@@ -63,13 +63,14 @@ def area(curve: Curve) -> float:
 
 
 class Difference(NamedTuple):
-    """Of two arms' means on a task, and the ends of its 95 % interval."""
+    """Of two arms' means on a task, the ends of its 95 % interval, and the p-value of no difference."""
 
     task: str
     label: str
     value: float
     low: float
     high: float
+    p: float
 
 
 def differences(found: list[Cell], baseline: str | None, score: str) -> list[Difference]:
@@ -89,31 +90,50 @@ def differences(found: list[Cell], baseline: str | None, score: str) -> list[Dif
     ]
 
 
-def welch(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
-    r"""The difference of means and its 95 % interval by Welch's t-test.
+def welch(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float, float]:
+    r"""The difference of means, its 95 % interval and its p-value by Welch's t-test.
 
     :math:`\bar x - \bar y \pm t_\nu \sqrt{s_x^2 / n_x + s_y^2 / n_y}` with the 97.5 % quantile :math:`t_\nu` of
-    Student's distribution and the degrees of freedom :math:`\nu` of Welch and Satterthwaite.
+    Student's distribution and the degrees of freedom :math:`\nu` of Welch and Satterthwaite; p is two-sided.
 
     Args:
         x (numpy.ndarray): one arm's scores, [seeds], two or more.
         y (numpy.ndarray): another's, [seeds'].
 
-    Returns: difference, low and high; where neither arm has any spread nothing is known of the interval, nan.
+    Returns: difference, low, high and p; where neither arm has any spread nothing is known but the difference, nan.
 
     Examples:
         >>> [round(number, 3) for number in welch(np.array([4.0, 6.0]), np.array([1.0, 3.0]))]
-        [3.0, -3.085, 9.085]
+        [3.0, -3.085, 9.085, 0.168]
     """
     from scipy.stats import t
 
     value = float(x.mean() - y.mean())
     a, b = x.var(ddof=1) / len(x), y.var(ddof=1) / len(y)
     if np.ptp(x) == 0 == np.ptp(y):  # rounding leaves a variance above 0
-        return value, math.nan, math.nan
+        return value, math.nan, math.nan, math.nan
     freedom = (a + b) ** 2 / (a**2 / (len(x) - 1) + b**2 / (len(y) - 1))
     half = float(t.ppf(0.975, freedom) * math.sqrt(a + b))
-    return value, value - half, value + half
+    return value, value - half, value + half, float(2 * t.sf(abs(value) / math.sqrt(a + b), freedom))
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    r"""p-values corrected for their number, so that the chance of any false one below a level is at most that level.
+
+    :math:`\tilde p_{(i)} = \max_{j \le i} \min(1, (m - j + 1) p_{(j)})` of m values in ascending order (Holm 1979).
+
+    Args:
+        p (numpy.ndarray): the values, [m]; those that are nan stay so and do not count.
+
+    Examples:
+        >>> holm(np.array([0.04, 0.01, 0.03])).tolist()
+        [0.06, 0.03, 0.06]
+    """
+    corrected = p.copy()
+    (known,) = np.nonzero(np.isfinite(p))
+    order = known[np.argsort(p[known])]
+    corrected[order] = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)).clip(max=1)
+    return corrected
 
 
 def cells(runs: list[Run], metric: str, up_to: int | None, notes: list[str]) -> list[Cell]:

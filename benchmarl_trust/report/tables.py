@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarl_trust.report.aggregates import Aggregates, Bounds, Estimate
-from benchmarl_trust.report.statistics import SCORES, Cell, Difference
+from benchmarl_trust.report.statistics import SCORES, Cell, Difference, holm
 
 
 def by_task(cells: list[Cell]) -> str:
@@ -20,7 +20,7 @@ def by_task(cells: list[Cell]) -> str:
         largest[cell.task] = max(largest[cell.task], *(abs(cell.scores[name]).max() for name in SCORES))
     for cell in cells:
         digits = 2 if largest[cell.task] > 1 else 3  # rates have three
-        scores = [_mean(cell.scores[name], digits) for name in SCORES]
+        scores = [mean(cell.scores[name], digits) for name in SCORES]
         time, kl = (float(cell.scores[name].mean()) for name in ("time_s", "kl"))
         seeds, frames = str(len(cell.seeds)), str(cell.frames)
         rows.append([cell.task, cell.label, seeds, frames, *scores, _number(time, ".0f"), _number(kl, ".2g")])
@@ -36,7 +36,7 @@ def over_tasks(aggregates: Aggregates, baseline: str | None) -> str:
         parts.append((f"P(improvement over {baseline})", aggregates.improvement))
     labels = dict.fromkeys(label for _, own in parts for label in own)
     rows = [["algorithm", *(f"{name}, 95 % interval" for name, _ in parts)]]
-    rows += [[label, *(_interval(own.get(label)) for _, own in parts)] for label in labels]
+    rows += [[label, *(interval(own.get(label)) for _, own in parts)] for label in labels]
     return table(rows, left=1) if parts else ""
 
 
@@ -45,10 +45,22 @@ def differences(found: list[Difference]) -> str:
     tasks, labels = (list(dict.fromkeys(column)) for column in ([d.task for d in found], [d.label for d in found]))
     largest: dict[str, float] = defaultdict(float)
     for d in found:
-        largest[d.task] = max(largest[d.task], *(abs(number) for number in d[2:] if math.isfinite(number)))
-    there = {(d.task, d.label): _difference(d, 2 if largest[d.task] > 1 else 3) for d in found}
+        largest[d.task] = max(largest[d.task], *(abs(number) for number in d[2:5] if math.isfinite(number)))
+    there = {(d.task, d.label): difference(d, 2 if largest[d.task] > 1 else 3) for d in found}
     rows = [["algorithm", *tasks], *([label, *(there.get((task, label), "-") for task in tasks)] for label in labels)]
     return table(rows, left=1) if found else ""
+
+
+def significant(found: list[Difference], level: float = 0.05) -> str:
+    """Which differences are left once their p-values are corrected for their number; of one there is nothing to say."""
+    tested = [d for d in found if math.isfinite(d.p)]
+    if len(tested) < 2:
+        return ""
+    corrected = sorted(zip(holm(np.array([d.p for d in tested])).tolist(), tested, strict=True))
+    named = [f"{d.label} on {d.task} (p = {p:.2g})" for p, d in corrected]
+    left = [name for name, (p, _) in zip(named, corrected, strict=True) if p < level]
+    words = ", ".join(left) if left else f"none; the least is {named[0]}"
+    return f"With Holm's correction for these {len(tested)} differences p is below {level:g} for {words}."
 
 
 def table(rows: Sequence[Sequence[str]], left: int) -> str:
@@ -97,8 +109,9 @@ def write_csv(cells: list[Cell], aggregates: Aggregates, out: Path) -> list[Path
 def write_differences(found: list[Difference], out: Path) -> None:
     """``differences.csv``, a row per task and arm, where there are any."""
     if found:
-        rows = [[d.task, d.label, *map(_plain, (d.value, d.low, d.high))] for d in found]
-        _write([["task", "label", "difference", "low", "high"], *rows], out / "differences.csv")
+        corrected = holm(np.array([d.p for d in found]))
+        rows = [[d.task, d.label, *map(_plain, (*d[2:], p))] for d, p in zip(found, corrected, strict=True)]
+        _write([["task", "label", "difference", "low", "high", "p", "p_holm"], *rows], out / "differences.csv")
 
 
 def describe_bounds(bounds: dict[str, Bounds], tasks: list[str]) -> list[str]:
@@ -116,18 +129,21 @@ def _three(estimate: Estimate | None) -> tuple[float, float, float]:
     return estimate.value.item(), estimate.low.item(), estimate.high.item()
 
 
-def _interval(estimate: Estimate | None) -> str:
+def interval(estimate: Estimate | None) -> str:
+    """An estimate with its interval."""
     return "-" if estimate is None else "{:.2f} [{:.2f}, {:.2f}]".format(*_three(estimate))
 
 
-def _difference(found: Difference, digits: int) -> str:
-    value, low, high = (f"{round(number, digits) + 0.0:.{digits}f}" for number in found[2:])  # no -0.00
+def difference(found: Difference, digits: int) -> str:
+    """A difference with its interval, where that is known."""
+    value, low, high = (f"{round(number, digits) + 0.0:.{digits}f}" for number in found[2:5])  # no -0.00
     return f"{value} ({low} to {high})" if math.isfinite(found.low) else value
 
 
-def _mean(values: np.ndarray, digits: int) -> str:
-    mean = f"{values.mean():.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {values.std():.{digits}f}"
+def mean(values: np.ndarray, digits: int) -> str:
+    """The mean over seeds, of several with the standard deviation."""
+    text = f"{values.mean():.{digits}f}"
+    return text if len(values) < 2 else f"{text} ± {values.std():.{digits}f}"
 
 
 def _deviation(values: np.ndarray) -> float:

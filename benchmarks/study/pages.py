@@ -1,0 +1,259 @@
+"""Writes the study's tables, and the text alternatives of its pictures, into the pages of the documentation.
+
+    python benchmarks/study/pages.py    # make report does so, once the pictures are drawn
+
+A table stands between two comments, of which the first says what it has::
+
+    <!-- table: scores tuned final -->
+    <!-- end of table -->
+
+First comes one of ``KINDS``, then what its function is told, as a rule a part of the plan. Of a part the tasks are
+shown on which all its runs are saved; an arm's number is its radius, and without one it has the package's default.
+"""
+
+import argparse
+import re
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import yaml
+from run import PLAN, planned
+
+from benchmarl_trust.report import aggregates, compact, statistics, tables
+from benchmarl_trust.report.statistics import Cell
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "results"
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "algorithms").glob("*.md")),
+]
+TABLE = re.compile(r"<!-- table: (\w+) ([^\n]*?) -->\n(?:.*?\n)??<!-- end of table -->", re.DOTALL)
+PICTURE = re.compile(r"!\[[^\]]*\]\(((?:docs/|\.\./)?figures/([\w.]+))\)")
+#: Of the rows: MAPPO, then who learns at once, in turns by gradient steps, and in turns by natural steps.
+ORDER = ["mappo", "ippo", "clip", "mars", "maspo", "log", "gpae", "happo", "cliphappo", "a2po", "happo with gpae"]
+ORDER += ["sequential mars", "hatrpo", "cliphatrpo", "hatrpow", "hatrpog"]
+WORDS = {"final": "last", "best": "best", "area": "area"}
+
+
+def arm_of(label: str) -> str:
+    """Without its radius.
+
+    Examples:
+        >>> arm_of("happo 0.4"), arm_of("happo with gpae")
+        ('happo', 'happo with gpae')
+    """
+    return re.sub(r" [\d.]+$", "", label)
+
+
+@cache
+def plan() -> dict:
+    """The study's."""
+    return yaml.safe_load(PLAN.read_text())
+
+
+@cache
+def saved(part: str) -> list:
+    """The part's runs that are there."""
+    return compact.load(RESULTS / part) if (RESULTS / part).is_dir() else []
+
+
+@cache
+def whole_tasks(part: str) -> list[str]:
+    """The tasks on which all runs of the part are saved, in the plan's order."""
+    wanted = Counter(run.task for run in planned(plan()) if run.part == part)
+    there = Counter(run.task for run in saved(part))
+    return [task for task in wanted if there[task] == wanted[task]]
+
+
+@cache
+def cells_of(part: str, metric: str = "return", whole: bool = True) -> dict[tuple[str, str], Cell]:
+    """By task and label, in the order of the pages' rows; of the tasks that are whole, or of all."""
+    runs = [run for run in saved(part) if not whole or run.task in whole_tasks(part)]
+    known = {arm: place for place, arm in enumerate(ORDER)}
+    found = sorted(
+        statistics.cells(runs, metric, None, []), key=lambda cell: (known.get(arm_of(cell.label), 99), cell.label)
+    )
+    return {(cell.task, cell.label): cell for cell in sorted(found, key=lambda cell: tasks_of(part).index(cell.task))}
+
+
+def tasks_of(part: str) -> list[str]:
+    """The part's tasks in the plan's order."""
+    return plan()["parts"][part]["tasks"]
+
+
+def axes_of(part: str) -> tuple[list[str], list[str]]:
+    """The tasks and the labels of the cells."""
+    keys = list(cells_of(part))
+    return list(dict.fromkeys(task for task, _ in keys)), list(dict.fromkeys(label for _, label in keys))
+
+
+def digits_of(part: str, task: str) -> int:
+    """Decimals of a task's returns, as the report has them: rates have three."""
+    scores = (abs(cell.scores[name]).max() for (at, _), cell in cells_of(part).items() if at == task for name in WORDS)
+    return 2 if max(scores) > 1 else 3
+
+
+def mean(cell: Cell, score: str, digits: int) -> str:
+    """Mean ± standard deviation over seeds."""
+    return tables.mean(cell.scores[score], digits)
+
+
+def difference(cell: Cell, other: Cell, score: str, digits: int) -> str:
+    """Of the means, with Welch's 95 % interval."""
+    found = statistics.Difference(cell.task, cell.label, *statistics.welch(cell.scores[score], other.scores[score]))
+    return tables.difference(found, digits)
+
+
+def short(task: str) -> str:
+    """A task without its suite."""
+    return task.split("/")[-1]
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """Not padded, so that one number's change is one line's."""
+    head, *others = rows
+    return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in (head, ["---"] * len(head), *others))
+
+
+def scores(part: str, *names: str) -> str:
+    """A row for each arm: of each task these scores, mean ± standard deviation over seeds."""
+    tasks, labels = axes_of(part)
+    several = len(names) > 1
+    head = [f"{short(task)}: {WORDS[name]}" if several else short(task) for task in tasks for name in names]
+    cells, rows = cells_of(part), [["algorithm" if several else WORDS[names[0]], *head]]
+    for label in labels:
+        own = [mean(cells[task, label], name, digits_of(part, task)) for task in tasks for name in names]
+        rows.append([f"`{label}`", *own])
+    return markdown(rows)
+
+
+def differences(part: str, score: str) -> str:
+    """A row for each arm: of each task the difference from MAPPO's mean; and which of them Holm's correction leaves."""
+    tasks, labels = axes_of(part)
+    found = statistics.differences(list(cells_of(part).values()), "mappo", score)
+    there = {(d.task, d.label): tables.difference(d, digits_of(part, d.task)) for d in found}
+    rows = [[f"`{label}`", *(there[task, label] for task in tasks)] for label in labels if label != "mappo"]
+    return f"{markdown([[f'{WORDS[score]}, less MAPPO', *map(short, tasks)], *rows])}\n\n{tables.significant(found)}"
+
+
+def pairs(part: str, *words: str) -> str:
+    """A row for each pair ``a - b``, divided by ``;``: of each task the difference of their last returns and areas."""
+    tasks, labels = axes_of(part)
+    cells, by_arm = cells_of(part), {arm_of(label): label for label in labels}
+    named = [[by_arm[arm] for arm in pair.split(" - ")] for pair in " ".join(words).split("; ")]
+    rows = [["difference", "of", *map(short, tasks)]]
+    for label, other in named:
+        for score in ("final", "area"):
+            own = [difference(cells[t, label], cells[t, other], score, digits_of(part, t)) for t in tasks]
+            rows.append([f"`{label}` − `{other}`", WORDS[score], *own])
+    return markdown(rows)
+
+
+def page(part: str, *words: str) -> str:
+    """For an algorithm's page, a row for each task and score: the arms of the pairs, and the pairs' differences."""
+    tasks, labels = axes_of(part)
+    cells, by_arm = cells_of(part), {arm_of(label): label for label in labels}
+    named = [tuple(by_arm[arm] for arm in pair.split(" - ")) for pair in " ".join(words).split("; ")]
+    shown = [label for label in labels if any(label in pair for pair in named)]
+    head = [*(f"`{label}`" for label in shown), *(f"`{label}` − `{other}`, 95 %" for label, other in named)]
+    rows = [["with tuned radii", *head]]
+    for task in tasks:
+        for score in ("final", "area"):
+            digits = digits_of(part, task)
+            own = [mean(cells[task, label], score, digits) for label in shown]
+            own += [difference(cells[task, label], cells[task, other], score, digits) for label, other in named]
+            rows.append([f"{short(task)}: {WORDS[score]}", *own])
+    return markdown(rows)
+
+
+def over_tasks(part: str, *names: str) -> str:
+    """A row for each arm: over all tasks the interquartile mean and the probability of improvement over MAPPO."""
+    tasks, labels = axes_of(part)
+    bounds = aggregates.read_bounds([RESULTS / part / "bounds.json"], "return")
+    found = [aggregates.aggregate(list(cells_of(part).values()), bounds, "mappo", name, "return", []) for name in names]
+    head = [f"{WORDS[name]}: {what}" for name in names for what in ("interquartile mean", "P(improvement over MAPPO)")]
+    rows = [[f"{len(tasks)} tasks", *head]]
+    for label in labels:
+        own = [each.get(label) for of in found for each in (of.iqm, of.improvement)]
+        rows.append([f"`{label}`", *("" if estimate is None else tables.interval(estimate) for estimate in own)])
+    return markdown(rows)
+
+
+def kl(part: str) -> str:
+    """A row for each arm that logs its KL: of each task the mean over iterations, agents and seeds, in nats."""
+    tasks, labels = axes_of(part)
+    rows = [["KL per iteration, nats", *map(short, tasks)]]
+    for label in labels:
+        means = [float(cells_of(part)[task, label].scores["kl"].mean()) for task in tasks]
+        if means[0] == means[0]:  # BenchMARL's own log none
+            rows.append([f"`{label}`", *(f"{value:.2g}" for value in means)])
+    return markdown(rows)
+
+
+def runs(part: str, metric: str, digits: str) -> str:
+    """A row for each task and arm: final and best evaluation, area, and KL per iteration."""
+    rows = [["task", "arm", "seeds", "last", "best", "area", "KL per iteration"]]
+    for (task, label), cell in cells_of(part, metric, whole=False).items():
+        own = [mean(cell, name, int(digits)) for name in ("final", "best", "area")]
+        value = float(cell.scores["kl"].mean())
+        rows.append([f"`{task}`", f"`{label}`", str(len(cell.seeds)), *own, f"{value:.2g}" if value == value else ""])
+    return markdown(rows)
+
+
+def state(*_: str) -> str:
+    """A row for each part of the plan: how many of its runs are saved, and on which tasks all are."""
+    rows = [["part", "arms", "tasks", "seeds", "runs", "done", "whole on"]]
+    everything = planned(plan())
+    for part in plan()["parts"]:
+        own = [run for run in everything if run.part == part]
+        arms, tasks, seeds = (len({getattr(run, name) for run in own}) for name in ("arm", "task", "seed"))
+        whole = whole_tasks(part)
+        on = "all" if len(whole) == tasks else ", ".join(map(short, whole)) or "none"
+        rows.append([f"`{part}`", *map(str, (arms, tasks, seeds, len(own), len(saved(part)))), on])
+    there = sum(len(saved(part)) for part in plan()["parts"])
+    return markdown([*rows, ["together", "", "", "", str(len(everything)), str(there), ""]])
+
+
+KINDS: dict[str, Callable[..., str]] = {
+    "scores": scores,
+    "differences": differences,
+    "pairs": pairs,
+    "page": page,
+    "over_tasks": over_tasks,
+    "kl": kl,
+    "runs": runs,
+    "state": state,
+}
+
+
+def filled(text: str, alts: dict[str, str]) -> str:
+    """A page with its tables and text alternatives as they are made now."""
+
+    def with_table(found: re.Match) -> str:
+        kind, words = found[1], found[2].split()
+        return f"<!-- table: {kind} {found[2]} -->\n{KINDS[kind](*words)}\n<!-- end of table -->"
+
+    def with_alt(found: re.Match) -> str:
+        return f"![{alts[found[2]]}]({found[1]})" if found[2] in alts else found[0]
+
+    return PICTURE.sub(with_alt, TABLE.sub(with_table, text))
+
+
+def main() -> None:
+    """Write what has changed."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    alts = yaml.safe_load((ROOT / "docs" / "figures" / "alt.yaml").read_text())
+    for file in PAGES:
+        text = file.read_text()
+        now = filled(text, alts)
+        if now != text:
+            file.write_text(now)
+            print(file.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
