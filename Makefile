@@ -1,6 +1,7 @@
 # make demo   sets up, trains MAPPO and HATRPO on vmas/balance, ends in their report: a table and learning curves
 # make test   sets up, runs the tests but for the slow ones, about five minutes on two cores
 # make figures draws the pictures of the documentation, from data in docs/results, but for the animations
+# make report draws them, and writes the study's tables into the pages, from the runs in docs/results
 # make animations trains HATRPO on two tasks, ten minutes on two cores, and draws an episode of each (needs OpenGL)
 # make test-gpu runs the tests of what a GPU does, on one where there is one, else on a simulated one (tests/simcuda)
 # make check  runs the slow tests (further algorithms, tasks and processes), make test-gpu, make docs and make lint
@@ -18,7 +19,7 @@ DEMO_FOLDER ?= outputs/demo
 # The runs of the demo and of the study take one thread each: JOBS of them at a time.
 JOBS ?= 2
 
-.PHONY: demo test test-gpu check figures animations matrix docs study lint clean
+.PHONY: demo test test-gpu check figures report animations matrix docs study lint clean
 
 demo: $(VENV)/.installed-vmas
 	rm -rf $(DEMO_FOLDER)
@@ -41,6 +42,9 @@ check: lint docs test-gpu
 
 figures: $(VENV)/.installed-vmas
 	$(BIN)/python docs/figures.py
+
+report: figures
+	$(BIN)/python benchmarks/study/pages.py
 
 animations: $(VENV)/.installed-vmas
 	$(BIN)/python docs/figures.py --animate

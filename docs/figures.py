@@ -47,7 +47,9 @@ from benchmarl_trust.report import __main__ as report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks" / "study")]
+
+from pages import whole_tasks  # noqa: E402
 
 #: The colours that Paul Tol calls high-contrast: distinct for all kinds of colour vision, and as shades of grey.
 BLACK, BLUE, RED, YELLOW = "#000000", "#004488", "#BB5566", "#DDAA33"
@@ -105,8 +107,7 @@ class Curves(NamedTuple):
     settings: str = "this package's defaults"
 
 
-#: The tasks of the part `tuned` on which all arms have their five seeds.
-TUNED = ["vmas/balance", "vmas/navigation"]
+TUNED = whole_tasks("tuned")
 ALIKE = {"settings": "radii tuned alike", "digits": 2}
 
 CURVES = {
@@ -360,7 +361,7 @@ def draw_learning_curves(curves: Curves) -> tuple[str, str]:
         for task in curves.tasks
     )
     alt = (
-        f"Learning curves on {' and '.join(curves.tasks)}: {curves.words} in evaluation over {int(row['frames']):,} "
+        f"Learning curves on {listed(curves.tasks)}: {curves.words} in evaluation over {int(row['frames']):,} "
         f"frames, {number}, networks of 64 x 64, {curves.settings}. At the end{spread}: {ends}."
     )
     return picture, alt
@@ -370,7 +371,7 @@ def draw_aggregate(curves: Curves) -> tuple[str, str]:
     """The report's picture of all arms over tasks."""
     picture, rows = reported(curves, "aggregate.svg", "aggregate.csv")
 
-    def listed(name: str) -> str:
+    def estimates(name: str) -> str:
         there = [row for row in rows if row[f"{name}_estimate"]]
         numbers = ([float(row[f"{name}_{end}"]) for end in ("estimate", "low", "high")] for row in there)
         return ", ".join(
@@ -379,9 +380,9 @@ def draw_aggregate(curves: Curves) -> tuple[str, str]:
         )
 
     alt = (
-        f"Aggregates of the last evaluation over {' and '.join(curves.tasks)}, {curves.settings}, with 95 % bootstrap "
-        f"intervals. Interquartile mean, normalised: {listed('iqm')}. Probability of improvement over mappo: "
-        f"{listed('improvement')}."
+        f"Aggregates of the last evaluation over {listed(curves.tasks)}, {curves.settings}, with 95 % bootstrap "
+        f"intervals. Interquartile mean, normalised: {estimates('iqm')}. Probability of improvement over mappo: "
+        f"{estimates('improvement')}."
     )
     return picture, alt
 
@@ -397,6 +398,11 @@ def reported(curves: Curves, picture: str, table: str) -> tuple[str, list[dict[s
         with (Path(folder) / table).open() as file:
             rows = list(csv.DictReader(file))
     return drawn.replace("<svg ", f"<!-- docs/figures.py, {VERSIONS} -->\n<svg ", 1), rows
+
+
+def listed(names: list[str]) -> str:
+    """Names with commas and an `and`."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def final(row: dict[str, str], digits: int) -> str:

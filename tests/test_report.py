@@ -289,7 +289,9 @@ def test_what_is_left_after_the_correction_is_said(tmp_path, report):
         write_run(tmp_path, "happo", "balance", seed, (0.0, 0.0, 0.1 * seed + 0.05))
     printed = report(tmp_path, "--baseline", "mappo")
     (line,) = [line for line in printed.splitlines() if "Holm" in line]
-    assert line.startswith("With Holm's correction for these 2 differences p is below 0.05 for mars on vmas/balance (p = ")
+    assert line.startswith(
+        "With Holm's correction for these 2 differences p is below 0.05 for mars on vmas/balance (p = "
+    )
     assert "happo" not in line
     (line,) = [x for x in report(tmp_path, "--baseline", "mappo", "--score", "area").splitlines() if "Holm" in x]
     assert "below 0.05 for mars" in line
@@ -327,6 +329,17 @@ def test_differences_where_little_is_known(tmp_path, report):
     assert dict(zip(tasks, cells["mars"], strict=True)) == {"vmas/balance": "-", "vmas/level": "0.000"}
     assert cells["hatrpo"][tasks.index("vmas/level")] == "-"
     assert cells["hatrpo"][tasks.index("vmas/balance")].startswith("1.00 (-3.")
+
+
+def test_tasks_and_labels_are_in_the_order_asked_for(two_tasks, report):
+    wanted = [(f"vmas/{task}", label) for task in ("spread", "balance") for label in ("mappo", "mars")]
+    for asked in (wanted, [(task, label) for task, label in wanted if label == "mars"]):
+        tasks, labels = (list(dict.fromkeys(names)) for names in zip(*asked, strict=True))
+        report(two_tasks, "--tasks", *tasks, "--labels", *labels)
+        assert [(row["task"], row["label"]) for row in table(two_tasks / "report.csv")] == asked
+    report(two_tasks, "--labels", "mars", "mappo")
+    found = [(row["task"], row["label"]) for row in table(two_tasks / "report.csv")]
+    assert found == [(f"vmas/{task}", label) for task in ("balance", "spread") for label in ("mars", "mappo")]
 
 
 def test_interval_of_the_probability_of_improvement(two_tasks, report):

@@ -18,6 +18,7 @@ import torch
 import yaml
 from benchmarl.hydra_config import load_algorithm_config_from_hydra, load_experiment_config_from_hydra
 from hydra import compose, initialize_config_module
+from scipy.stats import ttest_ind
 
 from benchmarl_trust.environments import TrustGamesTask, differential_reward
 from benchmarl_trust.report import __main__ as report
@@ -106,28 +107,79 @@ def test_the_study_in_the_repository_is_what_its_plan_says():
             assert run.overrides == list(planned[part, run.task, run.label, run.seed].settings)
 
 
-#: Of the parts whose tables are on the page: what they are of, its decimals, and their rows.
-TABLES = {"mamujoco": ("return", 0, 6), "smax": ("win_rate", 3, 10)}
+@pytest.fixture
+def pages(monkeypatch):
+    monkeypatch.syspath_prepend(FILE.parent)
+    for name in ("run", "pages"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module("pages")
+    for name in ("run", "pages"):
+        sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize("part", TABLES)
+def test_the_pages_are_what_the_committed_runs_make_of_them(pages):
+    """Tables, numbers and text alternatives: ``make report`` would change nothing."""
+    alts = yaml.safe_load((ROOT / "docs" / "figures" / "alt.yaml").read_text())
+    found = Counter()
+    for page in pages.PAGES:
+        text = page.read_text()
+        assert pages.filled(text, alts) == text, f"{page.name}: run make report"
+        found[page.stem] = len(pages.TABLE.findall(text))
+    assert sum(found.values()) >= 20
+    assert all(found[name] == 1 for name in ON_PAGES)
+
+
+def test_a_page_is_filled(pages, monkeypatch):
+    monkeypatch.setitem(pages.TABLES, "words", lambda *words: "\n".join(words))
+    monkeypatch.setitem(pages.NUMBERS, "words", lambda *words: "+".join(words))
+    text = """# A
+<!-- table: words a b -->
+<!-- end of table -->
+between ![old [0, 1]](figures/a.svg)![other](figures/b.svg)
+<!-- table: words c -->
+| old |
+
+said below it
+<!-- end of table -->
+| <!-- numbers: words 1 2 -->old<!-- end --> | <!-- numbers: words 3 --><!-- end --> |
+"""
+    expected = """# A
+<!-- table: words a b -->
+a
+b
+<!-- end of table -->
+between ![new](figures/a.svg)![other](figures/b.svg)
+<!-- table: words c -->
+c
+<!-- end of table -->
+| <!-- numbers: words 1 2 -->1+2<!-- end --> | <!-- numbers: words 3 -->3<!-- end --> |
+"""
+    assert pages.filled(text.replace("old [0, 1]", "old"), {"a.svg": "new"}) == expected
+    assert pages.filled(expected, {"a.svg": "new"}) == expected
+
+
+#: Of the parts whose tables are on the page: what they are of, and its decimals.
+BY_RUNS = {"mamujoco": ("return", 0), "smax": ("win_rate", 3)}
+
+
+@pytest.mark.parametrize("part", BY_RUNS)
 def test_the_tables_on_the_page_are_the_reports(part, tmp_path):
-    metric, digits, number = TABLES[part]
+    metric, digits = BY_RUNS[part]
     report.main([str(ROOT / "docs" / "results" / part), "--metric", metric, "--out", str(tmp_path)])
     page = (ROOT / "docs" / "results.md").read_text().splitlines()
     rows = read(tmp_path / "report.csv")
-    assert len(rows) == number
-    several = len({row["task"] for row in rows}) > 1
+    assert sum(len(row["seeds"].split()) for row in rows) == len(committed(part))
     for row in rows:
         values = [f"{float(row[f'{name}_mean']):.{digits}f}" for name in statistics.SCORES]
-        if len(row["seeds"].split()) > 1:
+        seeds = len(row["seeds"].split())
+        if seeds > 1:
             spreads = [f"{float(row[f'{name}_std']):.{digits}f}" for name in statistics.SCORES]
             values = [f"{value} ± {spread}" for value, spread in zip(values, spreads, strict=True)]
-        start = f"| `{row['task']}` | `{row['label']}`" if several else f"| `{row['label']}`"
-        assert any(line.startswith(start) and f"| {' | '.join(values)} |" in line for line in page), row
+        start = f"| `{row['task']}` | `{row['label']}` | {seeds} | {' | '.join(values)} |"
+        assert any(line.startswith(start) for line in page), row
 
 
-@pytest.mark.slow  # 40 bootstraps
+@pytest.mark.slow  # 120 bootstraps
 @pytest.mark.parametrize(("part", "heading"), [("defaults", "### Defaults"), ("tuned", "### Tuned radii")])
 def test_the_tables_by_task_are_the_reports(part, heading, tmp_path):
     """Arms by tasks, on the tasks on which all arms have all seeds; for tuned radii the aggregates over these too."""
@@ -139,13 +191,18 @@ def test_the_tables_by_task_are_the_reports(part, heading, tmp_path):
         report.main([*command, "--score", score])
         over[score] = {row["label"]: row for row in read(tmp_path / "aggregate.csv")}
     rows = {(row["task"], row["label"]): row for row in read(tmp_path / "report.csv")}
+    digits = {task: 2 if max(largest(row) for row in rows.values() if row["task"] == task) > 1 else 3 for task in tasks}
     printed = (tmp_path / "report.md").read_text().split("the difference from mappo")[1].split("Over tasks")[0]
     differences = {line.split(" | ")[0].strip("| "): line for line in map(squeezed, printed.splitlines())}
+    (holm,) = [line for line in differences if line.startswith("With Holm")]
+    assert holm in page
     arms = {label for _, label in rows}
     assert len(arms) == 14
+    tables = [("final", "area")] if part == "defaults" else [("final",), ("area",)]
     for arm in arms:
-        cells = [spread(rows[task, arm], score) for task in tasks for score in ("final", "area")]
-        assert f"| `{arm}` | {' | '.join(cells)} |" in page
+        for scores in tables:
+            cells = [spread(rows[task, arm], score, digits[task]) for task in tasks for score in scores]
+            assert f"| `{arm}` | {' | '.join(cells)} |" in page
         if arm != "mappo":
             assert differences[arm].count("(") == len(tasks)
             assert differences[arm].replace(arm, f"`{arm}`", 1) in page
@@ -154,39 +211,42 @@ def test_the_tables_by_task_are_the_reports(part, heading, tmp_path):
             assert squeezed(f"| `{arm}` | {' | '.join(cells)} |") in page
 
 
-#: The arms with tuned radii that are on an algorithm's page beside MAPPO.
+#: The arms with tuned radii whose differences are on an algorithm's page, and from which.
 ON_PAGES = {
-    "a2po": ["happo 0.4", "a2po 0.4"],
-    "cliphappo": ["happo 0.4", "cliphappo 0.4"],
-    "cliphatrpo": ["hatrpo", "cliphatrpo"],
-    "gpae": ["gpae"],
-    "happo": ["happo 0.4", "happo with gpae", "sequential mars 0.45"],
-    "hatrpo": ["hatrpo"],
-    "hatrpog": ["hatrpo", "hatrpog 0.03"],
-    "hatrpow": ["hatrpo", "hatrpow 0.03"],
-    "mars": ["maspo 0.9", "mars 0.45"],
-    "maspo": ["maspo 0.9"],
+    "a2po": [("a2po 0.4", "mappo"), ("a2po 0.4", "happo 0.4")],
+    "cliphappo": [("cliphappo 0.4", "mappo"), ("cliphappo 0.4", "happo 0.4")],
+    "cliphatrpo": [("cliphatrpo", "mappo"), ("cliphatrpo", "hatrpo")],
+    "gpae": [("gpae", "mappo")],
+    "happo": [("happo 0.4", "mappo"), ("happo with gpae", "mappo"), ("sequential mars 0.45", "mappo")],
+    "hatrpo": [("hatrpo", "mappo"), ("hatrpo", "happo 0.4")],
+    "hatrpog": [("hatrpog 0.03", "mappo"), ("hatrpog 0.03", "hatrpo")],
+    "hatrpow": [("hatrpow 0.03", "mappo"), ("hatrpow 0.03", "hatrpo")],
+    "mars": [("mars 0.45", "mappo"), ("mars 0.45", "maspo 0.9")],
+    "maspo": [("maspo 0.9", "mappo")],
 }
 
 
 @pytest.mark.parametrize("name", ON_PAGES)
 def test_the_table_of_tuned_radii_on_an_algorithms_page(name):
-    table = section(f"algorithms/{name}.md", "| with tuned radii |").split("\n\n")[0].splitlines()[2:]
-    arms, tasks = ["mappo", *ON_PAGES[name]], whole_tasks("tuned")
+    """Against the committed runs, without the code that writes the table."""
+    table = section(f"algorithms/{name}.md", "| with tuned radii |").split("<!-- end")[0].splitlines()
+    head, *lines = [line.strip("| ").split(" | ") for line in [table[0], *table[2:]]]
     cells = {(cell.task, cell.label): cell for cell in statistics.cells(committed("tuned"), "return", None, [])}
-    for arm, line in zip(arms, table[: len(arms)], strict=True):
-        means = [cells[task, arm].scores[score] for task in tasks for score in ("final", "area")]
-        assert line.endswith(f" | {' | '.join(f'{x.mean():.2f} ± {x.std():.2f}' for x in means)} |")
-    own = ON_PAGES[name][:1] if name == "happo" else ON_PAGES[name][-1:]
-    pairs = [(*own, "mappo"), *[(arm, "mappo") for arm in arms[2:] if name == "happo"]]
-    pairs += [(*own, arm) for arm in arms[1:-1] if name != "happo"]
-    for (arm, other), line in zip(pairs, table[len(arms) :], strict=True):
-        assert "95 %" in line
-        columns = [(task, score) for task in tasks for score in ("final", "area")]
-        for (task, score), text in zip(columns, line.strip("| ").split(" | ")[1:], strict=True):
-            numbers = [float(number.replace("−", "-")) for number in re.findall(r"−?[\d.]+", text)]
-            found = statistics.welch(cells[task, arm].scores[score], cells[task, other].scores[score])
-            assert numbers == pytest.approx(found, abs=0.0501 if max(map(abs, found)) > 1 else 0.00501)
+    arms = [text.strip("`") for text in head if " − " not in text]
+    assert set(arms) == {arm for pair in ON_PAGES[name] for arm in pair}
+    assert head[len(arms) :] == [f"`{arm}` − `{other}`, 95 %" for arm, other in ON_PAGES[name]]
+    columns = [(task, score) for task in whole_tasks("tuned") for score in ("final", "area")]
+    for (task, score), (title, *texts) in zip(columns, lines, strict=True):
+        assert title == f"{task.split('/')[1]}: {'last' if score == 'final' else score}"
+        scores = [cells[task, arm].scores[score] for arm in arms]
+        expected = [x for of in scores for x in (of.mean(), of.std())]
+        for arm, other in ON_PAGES[name]:
+            x, y = (cells[task, label].scores[score] for label in (arm, other))
+            expected += [x.mean() - y.mean(), *ttest_ind(x, y, equal_var=False).confidence_interval(0.95)]
+        found = [float(number) for text in texts for number in re.findall(r"-?[\d.]+", text)]
+        assert found == pytest.approx(
+            expected, abs=0.00501 if task == "vmas/balance" or max(expected) > 1 else 0.000501
+        )
 
 
 def committed(part):
@@ -214,8 +274,13 @@ def squeezed(line):
     return " ".join(line.split())
 
 
-def spread(row, score):
-    return f"{float(row[f'{score}_mean']):.2f} ± {float(row[f'{score}_std']):.2f}"
+def spread(row, score, digits):
+    return f"{float(row[f'{score}_mean']):.{digits}f} ± {float(row[f'{score}_std']):.{digits}f}"
+
+
+def largest(row):
+    """Of the means: the report takes the largest score, which is on the same side of 1 for the tasks here."""
+    return max(abs(float(row[f"{score}_mean"])) for score in statistics.SCORES)
 
 
 def interval(row, name):

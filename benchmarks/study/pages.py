@@ -7,16 +7,23 @@ A table stands between two comments, of which the first says what it has::
     <!-- table: scores tuned final -->
     <!-- end of table -->
 
-First comes one of ``KINDS``, then what its function is told, as a rule a part of the plan. Of a part the tasks are
-shown on which all its runs are saved; an arm's number is its radius, and without one it has the package's default.
+and a sentence's numbers, by task, between two others::
+
+    <!-- numbers: difference tuned final hatrpo - mappo -->balance 9.56 (4.55 to 14.56)<!-- end -->
+
+First comes one of ``TABLES`` or ``NUMBERS``, then what its function is told, as a rule a part of the plan. Of a part
+the tasks are shown on which all its runs are saved. An arm's number is its radius; without one it has the package's
+default.
 """
 
 import argparse
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 
 import yaml
 from run import PLAN, planned
@@ -32,6 +39,7 @@ PAGES = [
     *sorted((ROOT / "docs" / "algorithms").glob("*.md")),
 ]
 TABLE = re.compile(r"<!-- table: (\w+) ([^\n]*?) -->\n(?:.*?\n)??<!-- end of table -->", re.DOTALL)
+NUMBER = re.compile(r"<!-- numbers: (\w+) ([^\n]*?) -->[^\n]*?<!-- end -->")
 PICTURE = re.compile(r"!\[[^\]]*\]\(((?:docs/|\.\./)?figures/([\w.]+))\)")
 #: Of the rows: MAPPO, then who learns at once, in turns by gradient steps, and in turns by natural steps.
 ORDER = ["mappo", "ippo", "clip", "mars", "maspo", "log", "gpae", "happo", "cliphappo", "a2po", "happo with gpae"]
@@ -194,6 +202,46 @@ def kl(part: str) -> str:
     return markdown(rows)
 
 
+def matched(part: str) -> str:
+    """A row for each arm, by the radius of MARS whose KL is nearest to its own: how near it is, and the difference."""
+    ((task,), labels), cells = axes_of(part), cells_of(part)
+    measured = {label: float(cells[task, label].scores["kl"].mean()) for label in labels}
+    aims = sorted((label for label in labels if arm_of(label) == "mars"), key=measured.__getitem__)
+    digits = digits_of(part, task)
+    rows = [["MARS's ε", "arm", "KL per iteration", "over MARS's", *(WORDS[name] for name in ("final", "area"))]]
+    rows[0] += [f"{WORDS[name]}, less MARS" for name in ("final", "area")]
+    for aim in aims:
+        for label in labels:
+            if aim != min(aims, key=lambda other: abs(math.log(measured[label] / measured[other]))):
+                continue
+            own = [mean(cells[task, label], name, digits) for name in ("final", "area")]
+            less = [difference(cells[task, label], cells[task, aim], name, digits) for name in ("final", "area")]
+            share = f"{measured[label] / measured[aim]:.2f}"
+            rows.append(
+                [aim.split()[-1], f"`{label}`", f"{measured[label]:.2g}", share, *own]
+                + (less if label != aim else ["", ""])
+            )
+    return markdown(rows)
+
+
+def agents(part: str) -> str:
+    """A row for each number of agents and arm: returns, and Var(w(M) A) over Var(A), the mean over positions."""
+    names = ("train_agents_policy_advantage_variance", "train_agents_policy_advantage_variance_position_0")
+    rows = [["agents", "arm", "last", "area", "last, less MAPPO", "Var(w(M) A) / Var(A)"]]
+    cells = cells_of(part)
+    for (task, label), cell in cells.items():
+        own = [mean(cell, name, 2) for name in ("final", "area")]
+        less = difference(cell, cells[task, "mappo"], "final", 2) if label != "mappo" else ""
+        logs = []
+        for run in saved(part):
+            if (run.task, run.label) == (task, label) and run.curves.get(names[0]):
+                weighted, plain = (run.curves[name] for name in names)
+                logs.append(fmean(math.log(weighted[at] / plain[at]) for at in weighted))
+        ratio = f"{math.exp(min(logs)):.2f} to {math.exp(max(logs)):.2f}" if logs else ""
+        rows.append([task.split("=")[-1], f"`{label}`", *own, less, ratio])
+    return markdown(rows)
+
+
 def runs(part: str, metric: str, digits: str) -> str:
     """A row for each task and arm: final and best evaluation, area, and KL per iteration."""
     rows = [["task", "arm", "seeds", "last", "best", "area", "KL per iteration"]]
@@ -218,29 +266,57 @@ def state(*_: str) -> str:
     return markdown([*rows, ["together", "", "", "", str(len(everything)), str(there), ""]])
 
 
-KINDS: dict[str, Callable[..., str]] = {
+TABLES: dict[str, Callable[..., str]] = {
     "scores": scores,
     "differences": differences,
     "pairs": pairs,
     "page": page,
     "over_tasks": over_tasks,
     "kl": kl,
+    "matched": matched,
+    "agents": agents,
     "runs": runs,
     "state": state,
 }
 
 
+def by_task(part: str, of_task: Callable[[str], str]) -> str:
+    """For a sentence."""
+    return ", ".join(f"{short(task)} {of_task(task)}" for task in axes_of(part)[0]).replace("-", "−")
+
+
+def in_words_difference(part: str, score: str, *words: str) -> str:
+    """Of each task the difference of a pair ``a - b``."""
+    cells, by_arm = cells_of(part), {arm_of(label): label for label in axes_of(part)[1]}
+    label, other = (by_arm[arm] for arm in " ".join(words).split(" - "))
+    return by_task(part, lambda task: difference(cells[task, label], cells[task, other], score, digits_of(part, task)))
+
+
+def in_words_mean(part: str, score: str, *words: str) -> str:
+    """Of each task an arm's mean ± standard deviation."""
+    cells, by_arm = cells_of(part), {arm_of(label): label for label in axes_of(part)[1]}
+    label = by_arm[" ".join(words)]
+    return by_task(part, lambda task: mean(cells[task, label], score, digits_of(part, task)))
+
+
+NUMBERS = {"difference": in_words_difference, "mean": in_words_mean}
+
+
 def filled(text: str, alts: dict[str, str]) -> str:
-    """A page with its tables and text alternatives as they are made now."""
+    """A page with its tables, numbers and text alternatives as they are made now."""
 
     def with_table(found: re.Match) -> str:
         kind, words = found[1], found[2].split()
-        return f"<!-- table: {kind} {found[2]} -->\n{KINDS[kind](*words)}\n<!-- end of table -->"
+        return f"<!-- table: {kind} {found[2]} -->\n{TABLES[kind](*words)}\n<!-- end of table -->"
+
+    def with_numbers(found: re.Match) -> str:
+        words = NUMBERS[found[1]](*found[2].split())
+        return f"<!-- numbers: {found[1]} {found[2]} -->{words}<!-- end -->"
 
     def with_alt(found: re.Match) -> str:
         return f"![{alts[found[2]]}]({found[1]})" if found[2] in alts else found[0]
 
-    return PICTURE.sub(with_alt, TABLE.sub(with_table, text))
+    return PICTURE.sub(with_alt, NUMBER.sub(with_numbers, TABLE.sub(with_table, text)))
 
 
 def main() -> None:

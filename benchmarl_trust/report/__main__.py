@@ -62,8 +62,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="of a run, for differences and over tasks: final or best evaluation, or the area; default: %(default)s",
     )
     parser.add_argument("--frames", type=_positive, metavar="N", help="look no further than these frames")
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these; default: all")
-    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="only these; default: all")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these, in this order; default: all")
+    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="only these, in this order; default: all")
     parser.add_argument("--bounds", type=Path, metavar="FILE", help="default: bounds.json in the folders")
     parser.add_argument("--save", type=Path, metavar="DIR", help="save the runs there as small files too")
     return parser
@@ -124,7 +124,7 @@ def _check_save(options: argparse.Namespace, runs: list[Run]) -> None:
 
 
 def _chosen(runs: list[Run], options: argparse.Namespace) -> list[Run]:
-    """The runs of the tasks and labels that are asked for."""
+    """The runs of the tasks and labels that are asked for, in the order of these."""
     for option, wanted, there in (
         ("--tasks", options.tasks, {run.task for run in runs}),
         ("--labels", options.labels, {run.label for run in runs}),
@@ -132,11 +132,15 @@ def _chosen(runs: list[Run], options: argparse.Namespace) -> list[Run]:
     ):
         if missing := [name for name in wanted or () if name not in there]:
             raise ReportError(f"{option}: there is no {', '.join(missing)}. Choose of: {'; '.join(sorted(there))}.")
-    return [
-        run
-        for run in runs
-        if run.task in (options.tasks or [run.task]) and run.label in (options.labels or [run.label])
-    ]
+    labels, tasks = (
+        wanted or list(dict.fromkeys(there))
+        for wanted, there in (
+            (options.labels, (run.label for run in runs)),
+            (options.tasks, (run.task for run in runs)),
+        )
+    )
+    chosen = [run for run in runs if run.label in labels and run.task in tasks]
+    return sorted(chosen, key=lambda run: (tasks.index(run.task), labels.index(run.label)))
 
 
 def _bounds_files(options: argparse.Namespace) -> list[Path]:
