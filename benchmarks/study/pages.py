@@ -178,11 +178,17 @@ def page(part: str, *words: str) -> str:
     return markdown(rows)
 
 
+@cache
+def aggregated(part: str, score: str) -> aggregates.Aggregates:
+    """The numbers over the part's tasks."""
+    bounds = aggregates.read_bounds([RESULTS / part / "bounds.json"], "return")
+    return aggregates.aggregate(list(cells_of(part).values()), bounds, "mappo", score, "return", [])
+
+
 def over_tasks(part: str, *names: str) -> str:
     """A row for each arm: over all tasks the interquartile mean and the probability of improvement over MAPPO."""
     tasks, labels = axes_of(part)
-    bounds = aggregates.read_bounds([RESULTS / part / "bounds.json"], "return")
-    found = [aggregates.aggregate(list(cells_of(part).values()), bounds, "mappo", name, "return", []) for name in names]
+    found = [aggregated(part, name) for name in names]
     head = [f"{WORDS[name]}: {what}" for name in names for what in ("interquartile mean", "P(improvement over MAPPO)")]
     rows = [[f"{len(tasks)} tasks", *head]]
     for label in labels:
@@ -299,7 +305,13 @@ def in_words_mean(part: str, score: str, *words: str) -> str:
     return by_task(part, lambda task: mean(cells[task, label], score, digits_of(part, task)))
 
 
-NUMBERS = {"difference": in_words_difference, "mean": in_words_mean}
+def in_words_iqm(part: str, score: str, *words: str) -> str:
+    """Over all tasks an arm's interquartile mean."""
+    by_arm = {arm_of(label): label for label in axes_of(part)[1]}
+    return tables.interval(aggregated(part, score).iqm[by_arm[" ".join(words)]])
+
+
+NUMBERS = {"difference": in_words_difference, "mean": in_words_mean, "iqm": in_words_iqm}
 
 
 def filled(text: str, alts: dict[str, str]) -> str:
