@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import itertools
+import math
 import os
 import re
 import shutil
@@ -156,6 +157,73 @@ c
 """
     assert pages.filled(text.replace("old [0, 1]", "old"), {"a.svg": "new"}) == expected
     assert pages.filled(expected, {"a.svg": "new"}) == expected
+
+
+@pytest.fixture
+def made(pages, tmp_path, monkeypatch):
+    """Saves runs of a plan with one part, of which the tables are made then."""
+
+    def make(name, task, values):  # by label: the last returns of seeds 0, 1, ..., and curves
+        arms = {label: [] for label in values}
+        part = {"arms": list(arms), "tasks": [task], "seeds": list(range(len(next(iter(values.values()))[0])))}
+        monkeypatch.setattr(pages, "plan", lambda: {"settings": [], "arms": arms, "parts": {name: part}})
+        monkeypatch.setattr(pages, "RESULTS", tmp_path)
+        for label, (finals, curves) in values.items():
+            for seed, final in enumerate(finals):
+                own = {"return": {10: 0.0, 20: final}} | {key: {10: x[seed], 20: x[seed]} for key, x in curves.items()}
+                run = SavedRun(task, "any", seed, [], own, frames=20, planned=20, label=label)
+                compact.save([run], tmp_path / name)
+
+    return make
+
+
+def rows_of(table):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_a_table_of_equal_kl(pages, made):
+    """Each arm is beside the MARS whose KL is nearest, and its distance from it is said."""
+    runs = {
+        "mars 0.2": ([1.0, 3.0], {"kl": [0.001, 0.003]}),
+        "mars 0.45": ([5.0, 7.0], {"kl": [0.01, 0.01]}),
+        "clip 0.05": ([2.0, 6.0], {"kl": [0.0025, 0.0025]}),
+        "clip 0.1": ([8.0, 9.0], {"kl": [0.008, 0.008]}),
+    }
+    made("matched_balance", "vmas/balance", runs)
+    rows = rows_of(pages.matched("matched_balance"))
+    assert [row[:4] for row in rows] == [
+        ["0.2", "`clip 0.05`", "0.0025", "1.25"],
+        ["0.2", "`mars 0.2`", "0.002", "1.00"],
+        ["0.45", "`clip 0.1`", "0.008", "0.80"],
+        ["0.45", "`mars 0.45`", "0.01", "1.00"],
+    ]
+    assert rows[0][4:6] == ["4.00 ± 2.00", "2.00 ± 1.00"]
+    low, high = ttest_ind([2.0, 6.0], [1.0, 3.0], equal_var=False).confidence_interval(0.95)
+    assert rows[0][6] == f"2.00 ({low:.2f} to {high:.2f})"
+    assert rows[1][6:] == ["", ""]
+
+
+def test_a_table_of_numbers_of_agents(pages, made):
+    name = "train_agents_policy_advantage_variance"
+    curves = {name: [math.e**2, math.e**4], f"{name}_position_0": [math.e, math.e]}
+    made("many_agents", "vmas/balance, n_agents=8", {"mappo": ([1.0, 2.0], {}), "happo": ([3.0, 5.0], curves)})
+    rows = rows_of(pages.agents("many_agents"))
+    assert [row[:3] for row in rows] == [["8", "`mappo`", "1.50 ± 0.50"], ["8", "`happo`", "4.00 ± 1.00"]]
+    assert rows[0][4:] == ["", ""]
+    # The logarithms are 1 and 3: mean 2, standard error 1, and Student's quantile with one degree of freedom.
+    half = 12.7062
+    number = r"([\d.e+-]+)"
+    found = re.fullmatch(rf"{number} \({number} to {number}\)", rows[1][5]).groups()
+    assert [math.log(float(x)) for x in found] == pytest.approx([2, 2 - half, 2 + half], abs=0.01)
+
+
+def test_what_is_not_there_is_not_in_the_tables(pages, made):
+    made("many_agents", "vmas/balance, n_agents=8", {"mappo": ([1.0, 2.0], {}), "happo": ([3.0, 5.0], {})})
+    for file in pages.RESULTS.rglob("*happo-seed1.csv"):
+        (entry,) = [run for run in pages.saved("many_agents") if run.places == [file]]
+        pages.saved("many_agents").remove(entry)
+    assert pages.whole_tasks("many_agents") == []
+    assert rows_of(pages.state("plan"))[0] == ["`many_agents`", "2", "1", "2", "4", "3", "none"]
 
 
 #: Of the parts whose tables are on the page: what they are of, and its decimals.

@@ -23,12 +23,14 @@ from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 import yaml
 from run import PLAN, planned
+from scipy.stats import t
 
 from benchmarl_trust.report import aggregates, compact, statistics, tables
+from benchmarl_trust.report.runs import Run as SavedRun
 from benchmarl_trust.report.statistics import Cell
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +66,7 @@ def plan() -> dict:
 
 
 @cache
-def saved(part: str) -> list:
+def saved(part: str) -> list[SavedRun]:
     """The part's runs that are there."""
     return compact.load(RESULTS / part) if (RESULTS / part).is_dir() else []
 
@@ -231,21 +233,33 @@ def matched(part: str) -> str:
 
 
 def agents(part: str) -> str:
-    """A row for each number of agents and arm: returns, and Var(w(M) A) over Var(A), the mean over positions."""
-    names = ("train_agents_policy_advantage_variance", "train_agents_policy_advantage_variance_position_0")
-    rows = [["agents", "arm", "last", "area", "last, less MAPPO", "Var(w(M) A) / Var(A)"]]
+    """A row for each number of agents and arm: returns, and what the factor does to the variance of the advantages."""
+    rows = [["agents", "arm", "last", "area", "last, less MAPPO", "Var(w(M) A) / Var(A), mean over positions"]]
     cells = cells_of(part)
     for (task, label), cell in cells.items():
         own = [mean(cell, name, 2) for name in ("final", "area")]
         less = difference(cell, cells[task, "mappo"], "final", 2) if label != "mappo" else ""
-        logs = []
-        for run in saved(part):
-            if (run.task, run.label) == (task, label) and run.curves.get(names[0]):
-                weighted, plain = (run.curves[name] for name in names)
-                logs.append(fmean(math.log(weighted[at] / plain[at]) for at in weighted))
-        ratio = f"{math.exp(min(logs)):.2f} to {math.exp(max(logs)):.2f}" if logs else ""
-        rows.append([task.split("=")[-1], f"`{label}`", *own, less, ratio])
+        logs = [log_variance(run) for run in saved(part) if (run.task, run.label) == (task, label)]
+        known = [log for log in logs if log is not None]
+        rows.append([task.split("=")[-1], f"`{label}`", *own, less, geometric(known) if known else ""])
     return markdown(rows)
+
+
+def log_variance(run: SavedRun) -> float | None:
+    """The mean over iterations of log Var(w(M) A) - log Var(A): the mean over the order's positions, and at its first.
+
+    None where it was not logged, as by MAPPO.
+    """
+    name = "train_agents_policy_advantage_variance"
+    weighted, plain = (run.curves.get(key, {}) for key in (name, f"{name}_position_0"))
+    return fmean(math.log(weighted[at] / plain[at]) for at in weighted) if weighted else None
+
+
+def geometric(logs: list[float]) -> str:
+    """Geometric mean over seeds and its 95 % interval, by Student's t of the logarithms."""
+    half = float(t.ppf(0.975, len(logs) - 1)) * stdev(logs) / math.sqrt(len(logs))
+    low, center, high = (math.exp(fmean(logs) + shift) for shift in (-half, 0, half))
+    return f"{center:.3g} ({low:.3g} to {high:.3g})"
 
 
 def runs(part: str, metric: str, digits: str) -> str:
