@@ -39,7 +39,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 from PIL import Image, ImageDraw
-from scipy.stats import t as student_t
 
 from benchmarl_trust.environments.trust_games import differential_reward
 from benchmarl_trust.functional import SURROGATES
@@ -49,7 +48,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks" / "study")]
 
-from pages import whole_tasks  # noqa: E402
+from pages import geometric, whole_tasks  # noqa: E402
 
 #: The colours that Paul Tol calls high-contrast: distinct for all kinds of colour vision, and as shades of grey.
 BLACK, BLUE, RED, YELLOW = "#000000", "#004488", "#BB5566", "#DDAA33"
@@ -211,9 +210,8 @@ def draw_advantage_variance() -> tuple[Figure, str]:
     for name, color, style, shift in (("HAPPO", BLUE, "o-", 0.97), ("clip-HAPPO", RED, "s--", 1.03)):
         own = [(int(row["n_agents"]), float(row["ratio_last"])) for row in rows if row["algorithm"] == name]
         logs = np.log([[ratio for count, ratio in own if count == n] for n in agents])  # [numbers of agents, seeds]
-        center = np.exp(logs.mean(1))
-        factor = np.exp(student_t.ppf(0.975, len(seeds) - 1) * logs.std(1, ddof=1) / math.sqrt(len(seeds)))
-        low, high, x = center / factor, center * factor, shift * np.array(agents)
+        center, low, high = np.array([geometric(row) for row in logs]).T
+        x = shift * np.array(agents)
         ax.errorbar(x, center, (center - low, high - center), fmt=style, color=color, capsize=3, label=name)
         ax.plot(x, np.exp(logs), ".", color=GREY, markersize=4, zorder=3)
         values = zip(agents, center, low, high, strict=True)

@@ -272,7 +272,7 @@ def test_holms_correction():
     corrected = statistics.holm(p)
     assert np.isnan(corrected).tolist() == [False, True, *[False] * 5]
     for level in np.linspace(0.001, 0.999, 400):
-        rejected, left = set(), 6
+        rejected, left = set(), 7  # what is not known counts
         for i in [i for i in np.argsort(p) if not math.isnan(p[i])]:
             if p[i] > level / left:
                 break

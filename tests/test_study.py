@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -118,15 +119,17 @@ def pages(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_the_pages_are_what_the_committed_runs_make_of_them(pages):
+def test_the_pages_are_what_the_saved_runs_make_of_them(pages):
     """Tables, numbers and text alternatives: ``make report`` would change nothing."""
     alts = yaml.safe_load((ROOT / "docs" / "figures" / "alt.yaml").read_text())
-    found = Counter()
+    found, numbers = Counter(), 0
     for page in pages.PAGES:
         text = page.read_text()
         assert pages.filled(text, alts) == text, f"{page.name}: run make report"
         found[page.stem] = len(pages.TABLE.findall(text))
+        numbers += len(pages.NUMBER.findall(text))
     assert sum(found.values()) >= 20
+    assert numbers >= 15
     assert all(found[name] == 1 for name in ON_PAGES)
 
 
@@ -136,7 +139,7 @@ def test_a_page_is_filled(pages, monkeypatch):
     text = """# A
 <!-- table: words a b -->
 <!-- end of table -->
-between ![old [0, 1]](figures/a.svg)![other](figures/b.svg)
+between ![old [0, 1]](figures/a.svg)![other](figures/b.svg) and ![no](c.png) ![old](../figures/a.svg)
 <!-- table: words c -->
 | old |
 
@@ -149,28 +152,42 @@ said below it
 a
 b
 <!-- end of table -->
-between ![new](figures/a.svg)![other](figures/b.svg)
+between ![new](figures/a.svg)![other](figures/b.svg) and ![no](c.png) ![new](../figures/a.svg)
 <!-- table: words c -->
 c
 <!-- end of table -->
 | <!-- numbers: words 1 2 -->1+2<!-- end --> | <!-- numbers: words 3 -->3<!-- end --> |
 """
-    assert pages.filled(text.replace("old [0, 1]", "old"), {"a.svg": "new"}) == expected
+    assert pages.filled(text, {"a.svg": "new"}) == expected
     assert pages.filled(expected, {"a.svg": "new"}) == expected
+
+
+@pytest.mark.parametrize("left_out", ["<!-- end of table -->\n\n", "<!-- end -->", "<!-- table: words a -->\n"])
+def test_a_comment_without_its_other_half_is_refused(left_out, pages):
+    """Else what stands between two tables would be lost."""
+    one = "<!-- table: words a -->\n| a |\n<!-- end of table -->\n\n"
+    text = one + "text <!-- numbers: words 1 -->1<!-- end -->\n\n" + one
+    with pytest.raises(ValueError, match="begin"):
+        pages.filled(text.replace(left_out, "", 1), {})
 
 
 @pytest.fixture
 def made(pages, tmp_path, monkeypatch):
     """Saves runs of a plan with one part, of which the tables are made then."""
 
-    def make(name, task, values):  # by label: the last returns of seeds 0, 1, ..., and curves
+    def make(name, tasks, values, **part):  # of each label the last returns of seeds 0, 1, ..., and other curves
         arms = {label: [] for label in values}
-        part = {"arms": list(arms), "tasks": [task], "seeds": list(range(len(next(iter(values.values()))[0])))}
-        monkeypatch.setattr(pages, "plan", lambda: {"settings": [], "arms": arms, "parts": {name: part}})
+        part = {"arms": list(arms), "tasks": tasks, "seeds": list(range(len(next(iter(values.values()))[0])))} | part
+        plan = {
+            "settings": [],
+            "arms": {label: [] for label in {*arms, *part.get("radius", {})}},
+            "parts": {name: part},
+        }
+        monkeypatch.setattr(pages, "plan", lambda: plan)
         monkeypatch.setattr(pages, "RESULTS", tmp_path)
         for label, (finals, curves) in values.items():
-            for seed, final in enumerate(finals):
-                own = {"return": {10: 0.0, 20: final}} | {key: {10: x[seed], 20: x[seed]} for key, x in curves.items()}
+            for (seed, final), (scale, task) in itertools.product(enumerate(finals), enumerate(tasks, 1)):
+                own = {"return": {10: 0.0, 20: scale * final}} | {key: x[seed] for key, x in curves.items()}
                 run = SavedRun(task, "any", seed, [], own, frames=20, planned=20, label=label)
                 compact.save([run], tmp_path / name)
 
@@ -181,49 +198,129 @@ def rows_of(table):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
 
 
-def test_a_table_of_equal_kl(pages, made):
-    """Each arm is beside the MARS whose KL is nearest, and its distance from it is said."""
+def welch(x, y, form=".2f"):
+    low, high = ttest_ind(x, y, equal_var=False).confidence_interval(0.95)
+    return f"{np.mean(x) - np.mean(y):{form}} ({low:{form}} to {high:{form}})"
+
+
+def constant(*values):
+    return [{10: value, 20: value} for value in values]
+
+
+def test_tables_of_differences_and_kl(pages, made):
+    """Each pair is the first less the second, each column its task's."""
+    x, y, z = (np.array(values) for values in ([1.0, 3.0, 8.0], [0.5, 0.2, 0.1], [4.0, 4.5, 4.2]))
     runs = {
-        "mars 0.2": ([1.0, 3.0], {"kl": [0.001, 0.003]}),
-        "mars 0.45": ([5.0, 7.0], {"kl": [0.01, 0.01]}),
-        "clip 0.05": ([2.0, 6.0], {"kl": [0.0025, 0.0025]}),
-        "clip 0.1": ([8.0, 9.0], {"kl": [0.008, 0.008]}),
+        "happo 0.4": (x, {"kl": [{10: 0.01, 20: 0.03}, *constant(0.02, 0.05)]}),
+        "mappo": (y, {}),
+        "hatrpo": (z, {"kl": constant(0.001, 0.002, 0.003)}),
     }
-    made("matched_balance", "vmas/balance", runs)
+    made("tuned", ["vmas/balance", "vmas/sampling"], runs)
+    assert rows_of(pages.made(pages.TABLES, "pairs tuned hatrpo - happo; mappo - hatrpo")) == [
+        ["`hatrpo` − `happo 0.4`", "last", welch(z, x), welch(2 * z, 2 * x)],
+        ["`hatrpo` − `happo 0.4`", "area", welch(z / 2, x / 2), welch(z, x)],
+        ["`mappo` − `hatrpo`", "last", welch(y, z), welch(2 * y, 2 * z)],
+        ["`mappo` − `hatrpo`", "area", welch(y / 2, z / 2), welch(y, z)],
+    ]
+    assert rows_of(pages.kl("tuned")) == [["`happo 0.4`", "0.03", "0.03"], ["`hatrpo`", "0.002", "0.002"]]
+    words = pages.made(pages.NUMBERS, "difference tuned area mappo - happo 0.4")
+    assert words == f"balance {welch(y / 2, x / 2)}, sampling {welch(y, x)}".replace("-", "−")
+    assert pages.NUMBERS["mean"]("tuned", "final", "happo") == (
+        f"balance {x.mean():.2f} ± {x.std():.2f}, sampling {2 * x.mean():.2f} ± {2 * x.std():.2f}"
+    )
+
+
+def test_an_arm_is_named_without_its_radius_where_it_has_one_alone(pages, made):
+    made(
+        "tuned",
+        ["vmas/balance"],
+        {"mars 0.2": ([1.0, 2.0], {}), "mars 0.45": ([1.0, 3.0], {}), "log": ([2.0, 9.0], {})},
+    )
+    with pytest.raises(ValueError, match=r"mars is mars 0\.2 or mars 0\.45"):
+        pages.made(pages.TABLES, "pairs tuned mars - log")
+    with pytest.raises(ValueError, match="happo is not there"):
+        pages.made(pages.TABLES, "pairs tuned happo - log")
+    assert rows_of(pages.made(pages.TABLES, "pairs tuned mars 0.45 - log"))[0][2] == welch([1.0, 3.0], [2.0, 9.0])
+
+
+def test_a_table_of_equal_kl(pages, made):
+    """Each arm is below the MARS for whose KL its radius was chosen, and how far it is from that is said."""
+    runs = {
+        "mars 0.2": ([1.0, 3.0], {"kl": constant(0.001, 0.003)}),
+        "mars 0.45": ([5.0, 7.0], {"kl": constant(0.01, 0.01)}),
+        "clip 0.05": ([2.0, 6.0], {"kl": constant(0.0022, 0.0022)}),
+        "clip 0.1": ([8.0, 9.0], {"kl": constant(0.0079, 0.0079)}),
+        "maspo 0.3": ([1.0, 2.0], {"kl": constant(0.008, 0.008)}),  # nearer to the other MARS
+        "maspo 0.5": ([1.0, 2.0], {"kl": constant(0.012, 0.012)}),
+    }
+    radius = {
+        arm: {"epsilon": own} for arm, own in (("clip", [0.05, 0.1]), ("mars", [0.2, 0.45]), ("maspo", [0.3, 0.5]))
+    }
+    made("matched_balance", ["vmas/balance"], runs, radius=radius)
     rows = rows_of(pages.matched("matched_balance"))
     assert [row[:4] for row in rows] == [
-        ["0.2", "`clip 0.05`", "0.0025", "1.25"],
         ["0.2", "`mars 0.2`", "0.002", "1.00"],
-        ["0.45", "`clip 0.1`", "0.008", "0.80"],
+        ["0.2", "`clip 0.05`", "0.0022", "1.10"],
+        ["0.2", "`maspo 0.3`", "0.008", "4.00, beyond 20 %"],
         ["0.45", "`mars 0.45`", "0.01", "1.00"],
+        ["0.45", "`clip 0.1`", "0.0079", "0.79, beyond 20 %"],
+        ["0.45", "`maspo 0.5`", "0.012", "1.20"],
     ]
-    assert rows[0][4:6] == ["4.00 ± 2.00", "2.00 ± 1.00"]
-    low, high = ttest_ind([2.0, 6.0], [1.0, 3.0], equal_var=False).confidence_interval(0.95)
-    assert rows[0][6] == f"2.00 ({low:.2f} to {high:.2f})"
-    assert rows[1][6:] == ["", ""]
+    assert rows[1][4:6] == ["4.00 ± 2.00", "2.00 ± 1.00"]
+    assert rows[1][6:] == [welch([2.0, 6.0], [1.0, 3.0]), welch([1.0, 3.0], [0.5, 1.5])]
+    assert rows[0][6:] == ["", ""]
 
 
 def test_a_table_of_numbers_of_agents(pages, made):
+    """The logged mean has the first position, whose M is 1; the table has the others."""
     name = "train_agents_policy_advantage_variance"
-    curves = {name: [math.e**2, math.e**4], f"{name}_position_0": [math.e, math.e]}
-    made("many_agents", "vmas/balance, n_agents=8", {"mappo": ([1.0, 2.0], {}), "happo": ([3.0, 5.0], curves)})
+    # With four agents, variances 2 and e**a * 2 at the first and at the others: the mean over all.
+    logs = [(0.5, 1.5), (2.0, 4.0)]  # of each seed, in two iterations
+    mean = [{10 * k: (2 + 3 * 2 * math.exp(a)) / 4 for k, a in enumerate(own, 1)} for own in logs]
+    curves = {name: mean, f"{name}_position_0": constant(2.0, 2.0)}
+    runs = {"mappo": ([1.0, 2.0], {}), "happo": ([3.0, 5.0], curves), "a2po": ([3.0, 6.0], curves)}
+    made("many_agents", ["vmas/balance, n_agents=4"], runs)
     rows = rows_of(pages.agents("many_agents"))
-    assert [row[:3] for row in rows] == [["8", "`mappo`", "1.50 ± 0.50"], ["8", "`happo`", "4.00 ± 1.00"]]
-    assert rows[0][4:] == ["", ""]
-    # The logarithms are 1 and 3: mean 2, standard error 1, and Student's quantile with one degree of freedom.
-    half = 12.7062
+    assert [row[:4] for row in rows] == [
+        ["4", "`mappo`", "1.50 ± 0.50", "0.75 ± 0.25"],
+        ["4", "`happo`", "4.00 ± 1.00", "2.00 ± 0.50"],
+        ["4", "`a2po`", "4.50 ± 1.50", "2.25 ± 0.75"],
+    ]
+    assert rows[0][4:] == ["", "", ""]
+    assert rows[1][4:6] == [welch([3.0, 5.0], [1.0, 2.0]), welch([1.5, 2.5], [0.5, 1.0])]
+    assert rows[2][6] == ""
+    # The means over iterations are 1 and 3: mean 2, standard error 1, and Student's quantile of one degree of freedom.
     number = r"([\d.e+-]+)"
-    found = re.fullmatch(rf"{number} \({number} to {number}\)", rows[1][5]).groups()
-    assert [math.log(float(x)) for x in found] == pytest.approx([2, 2 - half, 2 + half], abs=0.01)
+    found = re.fullmatch(rf"{number} \({number} to {number}\)", rows[1][6]).groups()
+    assert [math.log(float(x)) for x in found] == pytest.approx([2, 2 - 12.7062, 2 + 12.7062], abs=0.01)
+
+
+@pytest.mark.parametrize("variance", [0.0, math.nan, math.inf])
+def test_a_variance_that_is_not_finite_is_named(variance, pages, made):
+    name = "train_agents_policy_advantage_variance"
+    curves = {name: constant(1.0, variance), f"{name}_position_0": constant(1.0, 1.0)}
+    made("many_agents", ["vmas/balance, n_agents=2"], {"mappo": ([1.0, 2.0], {}), "happo": ([3.0, 5.0], curves)})
+    with np.errstate(all="ignore"), pytest.raises(ValueError, match=r"seed 1.*not finite"):
+        pages.agents("many_agents")
 
 
 def test_what_is_not_there_is_not_in_the_tables(pages, made):
-    made("many_agents", "vmas/balance, n_agents=8", {"mappo": ([1.0, 2.0], {}), "happo": ([3.0, 5.0], {})})
-    for file in pages.RESULTS.rglob("*happo-seed1.csv"):
-        (entry,) = [run for run in pages.saved("many_agents") if run.places == [file]]
-        pages.saved("many_agents").remove(entry)
-    assert pages.whole_tasks("many_agents") == []
-    assert rows_of(pages.state("plan"))[0] == ["`many_agents`", "2", "1", "2", "4", "3", "none"]
+    made("tuned", ["vmas/balance"], {"mappo": ([1.0, 2.0], {}), "happo": ([3.0, 5.0], {})})
+    index = pages.RESULTS / "tuned" / "runs.json"
+    lines = index.read_text().splitlines()
+    index.write_text("\n".join(line for line in lines if "happo-seed1" not in line).replace("},\n]}", "}\n]}"))
+    assert pages.whole_tasks("tuned") == []
+    assert pages.scores("tuned", "final") == "Not run yet."
+    assert rows_of(pages.state())[0] == ["`tuned`", "2", "1", "2", "4", "3", "none"]
+    shutil.rmtree(pages.RESULTS / "tuned")
+    pages.saved.cache_clear()
+    assert rows_of(pages.state())[0] == ["`tuned`", "2", "1", "2", "4", "0", "none"]
+
+
+def test_a_run_that_cannot_be_compared_is_named(pages, made):
+    made("tuned", ["vmas/balance"], {"mappo": ([1.0, 2.0], {}), "happo": ([3.0, math.nan], {})})
+    with pytest.raises(ValueError, match=r"happo, seed 1.*not finite"):
+        pages.scores("tuned", "final")
 
 
 #: Of the parts whose tables are on the page: what they are of, and its decimals.

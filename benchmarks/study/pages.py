@@ -1,14 +1,11 @@
-"""Writes the study's tables, and the text alternatives of its pictures, into the pages of the documentation.
+"""Writes the study's tables and numbers, and the pictures' text alternatives, into the pages of the documentation.
 
     python benchmarks/study/pages.py    # make report does so, once the pictures are drawn
 
-A table stands between two comments, of which the first says what it has::
+A table stands between two comments, of which the first says what it has, and so do a sentence's numbers, by task::
 
     <!-- table: scores tuned final -->
     <!-- end of table -->
-
-and a sentence's numbers, by task, between two others::
-
     <!-- numbers: difference tuned final hatrpo - mappo -->balance 9.56 (4.55 to 14.56)<!-- end -->
 
 First comes one of ``TABLES`` or ``NUMBERS``, then what its function is told, as a rule a part of the plan. Of a part
@@ -19,15 +16,14 @@ default.
 import argparse
 import math
 import re
-from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from statistics import fmean, stdev
 
+import numpy as np
 import yaml
 from run import PLAN, planned
-from scipy.stats import t
+from scipy.stats import t as student_t
 
 from benchmarl_trust.report import aggregates, compact, statistics, tables
 from benchmarl_trust.report.runs import Run as SavedRun
@@ -40,11 +36,12 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "docs" / "algorithms").glob("*.md")),
 ]
-TABLE = re.compile(r"<!-- table: (\w+) ([^\n]*?) -->\n(?:.*?\n)??<!-- end of table -->", re.DOTALL)
-NUMBER = re.compile(r"<!-- numbers: (\w+) ([^\n]*?) -->[^\n]*?<!-- end -->")
-PICTURE = re.compile(r"!\[[^\]]*\]\(((?:docs/|\.\./)?figures/([\w.]+))\)")
+# What is between the comments has no comment itself, so that one without its end does not reach to another's.
+TABLE = re.compile(r"<!-- table: (.*?) -->\n(?:(?!.*<!--).*\n)*<!-- end of table -->")
+NUMBER = re.compile(r"<!-- numbers: (.*?) -->(?:(?!<!--).)*<!-- end -->")
+PICTURE = re.compile(r"!\[(?:(?!!\[).)*?\]\(((?:docs/|\.\./)?figures/([\w.]+))\)")
 #: Of the rows: MAPPO, then who learns at once, in turns by gradient steps, and in turns by natural steps.
-ORDER = ["mappo", "ippo", "clip", "mars", "maspo", "log", "gpae", "happo", "cliphappo", "a2po", "happo with gpae"]
+ORDER = ["mappo", "ippo", "mars", "clip", "maspo", "log", "gpae", "happo", "cliphappo", "a2po", "happo with gpae"]
 ORDER += ["sequential mars", "hatrpo", "cliphatrpo", "hatrpow", "hatrpog"]
 WORDS = {"final": "last", "best": "best", "area": "area"}
 
@@ -68,31 +65,37 @@ def plan() -> dict:
 @cache
 def saved(part: str) -> list[SavedRun]:
     """The part's runs that are there."""
-    return compact.load(RESULTS / part) if (RESULTS / part).is_dir() else []
+    return compact.load(RESULTS / part) if (RESULTS / part / "runs.json").is_file() else []
 
 
 @cache
 def whole_tasks(part: str) -> list[str]:
     """The tasks on which all runs of the part are saved, in the plan's order."""
-    wanted = Counter(run.task for run in planned(plan()) if run.part == part)
-    there = Counter(run.task for run in saved(part))
-    return [task for task in wanted if there[task] == wanted[task]]
+    missing = {(run.task, run.arm, run.seed) for run in planned(plan()) if run.part == part}
+    missing -= {(run.task, run.label, run.seed) for run in saved(part) if run.finished}
+    return [task for task in plan()["parts"][part]["tasks"] if task not in {task for task, _, _ in missing}]
 
 
 @cache
 def cells_of(part: str, metric: str = "return", whole: bool = True) -> dict[tuple[str, str], Cell]:
-    """By task and label, in the order of the pages' rows; of the tasks that are whole, or of all."""
+    """By task and label, in the order of the pages' rows; of the tasks that are whole, or of all.
+
+    Raises:
+        ValueError: for a run that cannot be compared.
+    """
     runs = [run for run in saved(part) if not whole or run.task in whole_tasks(part)]
-    known = {arm: place for place, arm in enumerate(ORDER)}
-    found = sorted(
-        statistics.cells(runs, metric, None, []), key=lambda cell: (known.get(arm_of(cell.label), 99), cell.label)
-    )
-    return {(cell.task, cell.label): cell for cell in sorted(found, key=lambda cell: tasks_of(part).index(cell.task))}
+    if not runs:
+        return {}
+    notes: list[str] = []
+    found = statistics.cells(runs, metric, None, notes)
+    if sum(len(cell.seeds) for cell in found) < len(runs):
+        raise ValueError(f"Runs of {part} cannot be compared, so that its tables are not whole:\n" + "\n".join(notes))
+    tasks, arms = plan()["parts"][part]["tasks"], {arm: place for place, arm in enumerate(ORDER)}
 
+    def place(cell: Cell) -> tuple:
+        return tasks.index(cell.task), arms.get(arm_of(cell.label), len(arms)), cell.label
 
-def tasks_of(part: str) -> list[str]:
-    """The part's tasks in the plan's order."""
-    return plan()["parts"][part]["tasks"]
+    return {(cell.task, cell.label): cell for cell in sorted(found, key=place)}
 
 
 def axes_of(part: str) -> tuple[list[str], list[str]]:
@@ -101,21 +104,43 @@ def axes_of(part: str) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(task for task, _ in keys)), list(dict.fromkeys(label for _, label in keys))
 
 
+def label_of(part: str, name: str) -> str:
+    """The label that is named, with its radius or without.
+
+    Raises:
+        ValueError: where there is none, or more than one.
+    """
+    labels = axes_of(part)[1]
+    found = [label for label in labels if label == name] or [label for label in labels if arm_of(label) == name]
+    if len(found) != 1:
+        raise ValueError(f"{part}: {name} is {' or '.join(found) or 'not there'}. Name one of {', '.join(labels)}.")
+    return found[0]
+
+
+def pairs_of(part: str, words: tuple[str, ...]) -> list[tuple[str, str]]:
+    """The labels of ``a - b; c - d``."""
+    named = [pair.split(" - ") for pair in " ".join(words).split("; ")]
+    return [(label_of(part, one), label_of(part, other)) for one, other in named]
+
+
+@cache
 def digits_of(part: str, task: str) -> int:
-    """Decimals of a task's returns, as the report has them: rates have three."""
-    scores = (abs(cell.scores[name]).max() for (at, _), cell in cells_of(part).items() if at == task for name in WORDS)
-    return 2 if max(scores) > 1 else 3
+    """Decimals of a task's returns."""
+    return tables.decimals(
+        abs(cell.scores[name]).max() for (at, _), cell in cells_of(part).items() if at == task for name in WORDS
+    )
 
 
-def mean(cell: Cell, score: str, digits: int) -> str:
+def mean(part: str, task: str, label: str, score: str) -> str:
     """Mean ± standard deviation over seeds."""
-    return tables.mean(cell.scores[score], digits)
+    return tables.mean(cells_of(part)[task, label].scores[score], digits_of(part, task))
 
 
-def difference(cell: Cell, other: Cell, score: str, digits: int) -> str:
+def difference(part: str, task: str, label: str, other: str, score: str) -> str:
     """Of the means, with Welch's 95 % interval."""
-    found = statistics.Difference(cell.task, cell.label, *statistics.welch(cell.scores[score], other.scores[score]))
-    return tables.difference(found, digits)
+    cells = [cells_of(part)[task, name] for name in (label, other)]
+    (found,) = statistics.differences(cells, other, score)
+    return tables.difference(found, digits_of(part, task))
 
 
 def short(task: str) -> str:
@@ -125,66 +150,74 @@ def short(task: str) -> str:
 
 def markdown(rows: list[list[str]]) -> str:
     """Not padded, so that one number's change is one line's."""
+    if len(rows) < 2:
+        return "Not run yet."
     head, *others = rows
-    return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in (head, ["---"] * len(head), *others))
+    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *others)]
+    return re.sub(r"\|  (?=\|)", "| ", "\n".join(lines))
 
 
 def scores(part: str, *names: str) -> str:
     """A row for each arm: of each task these scores, mean ± standard deviation over seeds."""
     tasks, labels = axes_of(part)
+    columns = [(task, name) for task in tasks for name in names]
     several = len(names) > 1
-    head = [f"{short(task)}: {WORDS[name]}" if several else short(task) for task in tasks for name in names]
-    cells, rows = cells_of(part), [["algorithm" if several else WORDS[names[0]], *head]]
-    for label in labels:
-        own = [mean(cells[task, label], name, digits_of(part, task)) for task in tasks for name in names]
-        rows.append([f"`{label}`", *own])
-    return markdown(rows)
+    head = [f"{short(task)}: {WORDS[name]}" if several else short(task) for task, name in columns]
+    rows = [[f"`{label}`", *(mean(part, task, label, name) for task, name in columns)] for label in labels]
+    return markdown([["algorithm" if several else WORDS[names[0]], *head], *rows])
 
 
 def differences(part: str, score: str) -> str:
     """A row for each arm: of each task the difference from MAPPO's mean; and which of them Holm's correction leaves."""
     tasks, labels = axes_of(part)
-    found = statistics.differences(list(cells_of(part).values()), "mappo", score)
-    there = {(d.task, d.label): tables.difference(d, digits_of(part, d.task)) for d in found}
-    rows = [[f"`{label}`", *(there[task, label] for task in tasks)] for label in labels if label != "mappo"]
-    return f"{markdown([[f'{WORDS[score]}, less MAPPO', *map(short, tasks)], *rows])}\n\n{tables.significant(found)}"
+    rows = [
+        [f"`{label}`", *(difference(part, task, label, "mappo", score) for task in tasks)]
+        for label in labels
+        if label != "mappo"
+    ]
+    left = tables.significant(statistics.differences(list(cells_of(part).values()), "mappo", score))
+    return f"{markdown([[f'{WORDS[score]}, less MAPPO', *map(short, tasks)], *rows])}\n\n{left}"
 
 
 def pairs(part: str, *words: str) -> str:
     """A row for each pair ``a - b``, divided by ``;``: of each task the difference of their last returns and areas."""
-    tasks, labels = axes_of(part)
-    cells, by_arm = cells_of(part), {arm_of(label): label for label in labels}
-    named = [[by_arm[arm] for arm in pair.split(" - ")] for pair in " ".join(words).split("; ")]
-    rows = [["difference", "of", *map(short, tasks)]]
-    for label, other in named:
-        for score in ("final", "area"):
-            own = [difference(cells[t, label], cells[t, other], score, digits_of(part, t)) for t in tasks]
-            rows.append([f"`{label}` − `{other}`", WORDS[score], *own])
-    return markdown(rows)
+    tasks = axes_of(part)[0]
+    rows = [
+        [f"`{label}` − `{other}`", WORDS[score], *(difference(part, task, label, other, score) for task in tasks)]
+        for label, other in pairs_of(part, words)
+        for score in ("final", "area")
+    ]
+    return markdown([["difference", "of", *map(short, tasks)], *rows])
 
 
 def page(part: str, *words: str) -> str:
     """For an algorithm's page, a row for each task and score: the arms of the pairs, and the pairs' differences."""
     tasks, labels = axes_of(part)
-    cells, by_arm = cells_of(part), {arm_of(label): label for label in labels}
-    named = [tuple(by_arm[arm] for arm in pair.split(" - ")) for pair in " ".join(words).split("; ")]
+    named = pairs_of(part, words)
     shown = [label for label in labels if any(label in pair for pair in named)]
     head = [*(f"`{label}`" for label in shown), *(f"`{label}` − `{other}`, 95 %" for label, other in named)]
     rows = [["with tuned radii", *head]]
     for task in tasks:
         for score in ("final", "area"):
-            digits = digits_of(part, task)
-            own = [mean(cells[task, label], score, digits) for label in shown]
-            own += [difference(cells[task, label], cells[task, other], score, digits) for label, other in named]
+            own = [mean(part, task, label, score) for label in shown]
+            own += [difference(part, task, label, other, score) for label, other in named]
             rows.append([f"{short(task)}: {WORDS[score]}", *own])
     return markdown(rows)
 
 
 @cache
 def aggregated(part: str, score: str) -> aggregates.Aggregates:
-    """The numbers over the part's tasks."""
+    """The numbers over the part's tasks.
+
+    Raises:
+        ValueError: where something is left out of them.
+    """
+    notes: list[str] = []
     bounds = aggregates.read_bounds([RESULTS / part / "bounds.json"], "return")
-    return aggregates.aggregate(list(cells_of(part).values()), bounds, "mappo", score, "return", [])
+    found = aggregates.aggregate(list(cells_of(part).values()), bounds, "mappo", score, "return", notes)
+    if notes:
+        raise ValueError("\n".join(notes))
+    return found
 
 
 def over_tasks(part: str, *names: str) -> str:
@@ -199,80 +232,103 @@ def over_tasks(part: str, *names: str) -> str:
     return markdown(rows)
 
 
+def kl_of(cell: Cell) -> float:
+    """The mean over iterations, agents and seeds, in nats; nan for BenchMARL's own algorithms, which log none."""
+    return float(cell.scores["kl"].mean())
+
+
 def kl(part: str) -> str:
     """A row for each arm that logs its KL: of each task the mean over iterations, agents and seeds, in nats."""
     tasks, labels = axes_of(part)
-    rows = [["KL per iteration, nats", *map(short, tasks)]]
-    for label in labels:
-        means = [float(cells_of(part)[task, label].scores["kl"].mean()) for task in tasks]
-        if means[0] == means[0]:  # BenchMARL's own log none
-            rows.append([f"`{label}`", *(f"{value:.2g}" for value in means)])
-    return markdown(rows)
+    means = {label: [kl_of(cells_of(part)[task, label]) for task in tasks] for label in labels}
+    rows = [[f"`{label}`", *(f"{x:.2g}" for x in own)] for label, own in means.items() if not math.isnan(max(own))]
+    return markdown([["KL per iteration, nats", *map(short, tasks)], *rows])
 
 
 def matched(part: str) -> str:
-    """A row for each arm, by the radius of MARS whose KL is nearest to its own: how near it is, and the difference."""
-    ((task,), labels), cells = axes_of(part), cells_of(part)
-    measured = {label: float(cells[task, label].scores["kl"].mean()) for label in labels}
-    aims = sorted((label for label in labels if arm_of(label) == "mars"), key=measured.__getitem__)
-    digits = digits_of(part, task)
-    rows = [["MARS's ε", "arm", "KL per iteration", "over MARS's", *(WORDS[name] for name in ("final", "area"))]]
-    rows[0] += [f"{WORDS[name]}, less MARS" for name in ("final", "area")]
-    for aim in aims:
-        for label in labels:
-            if aim != min(aims, key=lambda other: abs(math.log(measured[label] / measured[other]))):
-                continue
-            own = [mean(cells[task, label], name, digits) for name in ("final", "area")]
-            less = [difference(cells[task, label], cells[task, aim], name, digits) for name in ("final", "area")]
-            share = f"{measured[label] / measured[aim]:.2f}"
-            rows.append(
-                [aim.split()[-1], f"`{label}`", f"{measured[label]:.2g}", share, *own]
-                + (less if label != aim else ["", ""])
-            )
+    """A row for each arm of a part of equal KL, below the MARS whose KL its radius was read off for.
+
+    The radii of an arm are in the order of MARS's, as ``choose.py matched`` prints them.
+    """
+    tasks, _ = axes_of(part)
+    rows = [
+        ["MARS's ε", "arm", "KL per iteration", "KL / MARS's", "last", "area", "last, less MARS", "area, less MARS"]
+    ]
+    grids = {arm: next(iter(radius.values())) for arm, radius in plan()["parts"][part]["radius"].items()}
+    for task in tasks:
+        for place, aim in enumerate(grids["mars"]):
+            for arm in sorted(grids, key=ORDER.index):
+                label, other = f"{arm} {grids[arm][place]:g}", f"mars {aim:g}"
+                measured, wanted = (kl_of(cells_of(part)[task, name]) for name in (label, other))
+                share = f"{measured / wanted:.2f}" + ("" if abs(measured / wanted - 1) <= 0.2 else ", beyond 20 %")
+                own = [mean(part, task, label, score) for score in ("final", "area")]
+                own += (
+                    ["", ""]
+                    if label == other
+                    else [difference(part, task, label, other, score) for score in ("final", "area")]
+                )
+                rows.append([f"{aim:g}", f"`{label}`", f"{measured:.2g}", share, *own])
     return markdown(rows)
 
 
 def agents(part: str) -> str:
-    """A row for each number of agents and arm: returns, and what the factor does to the variance of the advantages."""
-    rows = [["agents", "arm", "last", "area", "last, less MAPPO", "Var(w(M) A) / Var(A), mean over positions"]]
-    cells = cells_of(part)
-    for (task, label), cell in cells.items():
-        own = [mean(cell, name, 2) for name in ("final", "area")]
-        less = difference(cell, cells[task, "mappo"], "final", 2) if label != "mappo" else ""
-        logs = [log_variance(run) for run in saved(part) if (run.task, run.label) == (task, label)]
-        known = [log for log in logs if log is not None]
-        rows.append([task.split("=")[-1], f"`{label}`", *own, less, geometric(known) if known else ""])
+    """A row for each number of agents and arm: returns, and what the factor does to the variance of the advantages.
+
+    A2PO has another advantage at each position, and an order by it: its variances cannot be compared.
+    """
+    what = "Var(w(M) A) / Var(A): mean over the positions after the first, geometric over iterations and seeds"
+    rows = [["agents", "arm", "last", "area", "last, less MAPPO", "area, less MAPPO", f"{what}, 95 % interval"]]
+    for task, label in cells_of(part):
+        number = int(task.split("=")[-1])
+        own = [mean(part, task, label, score) for score in ("final", "area")]
+        less = (
+            ["", ""]
+            if label == "mappo"
+            else [difference(part, task, label, "mappo", score) for score in ("final", "area")]
+        )
+        runs_of = [run for run in saved(part) if (run.task, run.label) == (task, label)]
+        logs = [log_variance(run, number) for run in runs_of] if label in ("happo", "cliphappo") else []
+        ratio = "{:.3g} ({:.3g} to {:.3g})".format(*geometric(np.array(logs))) if logs else ""
+        rows.append([str(number), f"`{label}`", *own, *less, ratio])
     return markdown(rows)
 
 
-def log_variance(run: SavedRun) -> float | None:
-    """The mean over iterations of log Var(w(M) A) - log Var(A): the mean over the order's positions, and at its first.
+def log_variance(run: SavedRun, number: int) -> float:
+    """The mean over iterations of log Var(w(M) A) / Var(A), the former the mean over the positions after the first.
 
-    None where it was not logged, as by MAPPO.
+    Logged are the mean over all positions and the first, whose M is 1.
+
+    Raises:
+        ValueError: where one is not finite.
     """
     name = "train_agents_policy_advantage_variance"
-    weighted, plain = (run.curves.get(key, {}) for key in (name, f"{name}_position_0"))
-    return fmean(math.log(weighted[at] / plain[at]) for at in weighted) if weighted else None
+    everywhere, first = (np.array(list(run.curves[key].values())) for key in (name, f"{name}_position_0"))
+    log = float(np.log((number * everywhere - first) / (number - 1) / first).mean())
+    if not math.isfinite(log):
+        raise ValueError(f"{run.name}: a variance of its advantages is not finite, or 0.")
+    return log
 
 
-def geometric(logs: list[float]) -> str:
-    """Geometric mean over seeds and its 95 % interval, by Student's t of the logarithms."""
-    half = float(t.ppf(0.975, len(logs) - 1)) * stdev(logs) / math.sqrt(len(logs))
-    low, center, high = (math.exp(fmean(logs) + shift) for shift in (-half, 0, half))
-    return f"{center:.3g} ({low:.3g} to {high:.3g})"
+def geometric(logs: np.ndarray) -> tuple[float, float, float]:
+    """Geometric mean over seeds and the ends of its 95 % interval, by Student's t of the logarithms [seeds]."""
+    half = student_t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs))
+    center, factor = np.exp(logs.mean()), np.exp(half)
+    return float(center), float(center / factor), float(center * factor)
 
 
 def runs(part: str, metric: str, digits: str) -> str:
-    """A row for each task and arm: final and best evaluation, area, and KL per iteration."""
+    """A row for each task and arm of all that is there: final and best evaluation, area, and KL per iteration."""
     rows = [["task", "arm", "seeds", "last", "best", "area", "KL per iteration"]]
     for (task, label), cell in cells_of(part, metric, whole=False).items():
-        own = [mean(cell, name, int(digits)) for name in ("final", "best", "area")]
-        value = float(cell.scores["kl"].mean())
-        rows.append([f"`{task}`", f"`{label}`", str(len(cell.seeds)), *own, f"{value:.2g}" if value == value else ""])
+        own = [tables.mean(cell.scores[name], int(digits)) for name in ("final", "best", "area")]
+        value = kl_of(cell)
+        rows.append(
+            [f"`{task}`", f"`{label}`", str(len(cell.seeds)), *own, "" if math.isnan(value) else f"{value:.2g}"]
+        )
     return markdown(rows)
 
 
-def state(*_: str) -> str:
+def state() -> str:
     """A row for each part of the plan: how many of its runs are saved, and on which tasks all are."""
     rows = [["part", "arms", "tasks", "seeds", "runs", "done", "whole on"]]
     everything = planned(plan())
@@ -284,6 +340,28 @@ def state(*_: str) -> str:
         rows.append([f"`{part}`", *map(str, (arms, tasks, seeds, len(own), len(saved(part)))), on])
     there = sum(len(saved(part)) for part in plan()["parts"])
     return markdown([*rows, ["together", "", "", "", str(len(everything)), str(there), ""]])
+
+
+def by_task(part: str, of_task: Callable[[str], str]) -> str:
+    """For a sentence."""
+    return ", ".join(f"{short(task)} {re.sub(r'-(?=[0-9])', '−', of_task(task))}" for task in axes_of(part)[0])
+
+
+def difference_by_task(part: str, score: str, *words: str) -> str:
+    """Of each task the difference of a pair ``a - b``."""
+    ((label, other),) = pairs_of(part, words)
+    return by_task(part, lambda task: difference(part, task, label, other, score))
+
+
+def mean_by_task(part: str, score: str, *words: str) -> str:
+    """Of each task an arm's mean ± standard deviation."""
+    label = label_of(part, " ".join(words))
+    return by_task(part, lambda task: mean(part, task, label, score))
+
+
+def iqm(part: str, score: str, *words: str) -> str:
+    """Over all tasks an arm's interquartile mean."""
+    return tables.interval(aggregated(part, score).iqm[label_of(part, " ".join(words))])
 
 
 TABLES: dict[str, Callable[..., str]] = {
@@ -298,46 +376,31 @@ TABLES: dict[str, Callable[..., str]] = {
     "runs": runs,
     "state": state,
 }
+NUMBERS: dict[str, Callable[..., str]] = {"difference": difference_by_task, "mean": mean_by_task, "iqm": iqm}
 
 
-def by_task(part: str, of_task: Callable[[str], str]) -> str:
-    """For a sentence."""
-    return ", ".join(f"{short(task)} {of_task(task)}" for task in axes_of(part)[0]).replace("-", "−")
-
-
-def in_words_difference(part: str, score: str, *words: str) -> str:
-    """Of each task the difference of a pair ``a - b``."""
-    cells, by_arm = cells_of(part), {arm_of(label): label for label in axes_of(part)[1]}
-    label, other = (by_arm[arm] for arm in " ".join(words).split(" - "))
-    return by_task(part, lambda task: difference(cells[task, label], cells[task, other], score, digits_of(part, task)))
-
-
-def in_words_mean(part: str, score: str, *words: str) -> str:
-    """Of each task an arm's mean ± standard deviation."""
-    cells, by_arm = cells_of(part), {arm_of(label): label for label in axes_of(part)[1]}
-    label = by_arm[" ".join(words)]
-    return by_task(part, lambda task: mean(cells[task, label], score, digits_of(part, task)))
-
-
-def in_words_iqm(part: str, score: str, *words: str) -> str:
-    """Over all tasks an arm's interquartile mean."""
-    by_arm = {arm_of(label): label for label in axes_of(part)[1]}
-    return tables.interval(aggregated(part, score).iqm[by_arm[" ".join(words)]])
-
-
-NUMBERS = {"difference": in_words_difference, "mean": in_words_mean, "iqm": in_words_iqm}
+def made(kinds: dict[str, Callable[..., str]], words: str) -> str:
+    """What a comment's words ask for."""
+    kind, *arguments = words.split()
+    return kinds[kind](*arguments)
 
 
 def filled(text: str, alts: dict[str, str]) -> str:
-    """A page with its tables, numbers and text alternatives as they are made now."""
+    """A page with its tables, numbers and text alternatives as they are made now.
+
+    Raises:
+        ValueError: where a comment has no end, or an end no beginning.
+    """
+    for begin, end, pattern in (("table:", "end of table", TABLE), ("numbers:", "end", NUMBER)):
+        counts = text.count(f"<!-- {begin} "), text.count(f"<!-- {end} -->"), len(pattern.findall(text))
+        if len(set(counts)) > 1:
+            raise ValueError(f"<!-- {begin} ... -->: {counts[0]} begin, {counts[1]} end, {counts[2]} are whole.")
 
     def with_table(found: re.Match) -> str:
-        kind, words = found[1], found[2].split()
-        return f"<!-- table: {kind} {found[2]} -->\n{TABLES[kind](*words)}\n<!-- end of table -->"
+        return f"<!-- table: {found[1]} -->\n{made(TABLES, found[1])}\n<!-- end of table -->"
 
     def with_numbers(found: re.Match) -> str:
-        words = NUMBERS[found[1]](*found[2].split())
-        return f"<!-- numbers: {found[1]} {found[2]} -->{words}<!-- end -->"
+        return f"<!-- numbers: {found[1]} -->{made(NUMBERS, found[1])}<!-- end -->"
 
     def with_alt(found: re.Match) -> str:
         return f"![{alts[found[2]]}]({found[1]})" if found[2] in alts else found[0]

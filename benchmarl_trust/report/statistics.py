@@ -123,7 +123,7 @@ def holm(p: np.ndarray) -> np.ndarray:
     :math:`\tilde p_{(i)} = \max_{j \le i} \min(1, (m - j + 1) p_{(j)})` of m values in ascending order (Holm 1979).
 
     Args:
-        p (numpy.ndarray): the values, [m]; those that are nan stay so and do not count.
+        p (numpy.ndarray): the values, [m]; those that are nan stay so, and count as the largest.
 
     Examples:
         >>> holm(np.array([0.04, 0.01, 0.03])).tolist()
@@ -132,7 +132,7 @@ def holm(p: np.ndarray) -> np.ndarray:
     corrected = p.copy()
     (known,) = np.nonzero(np.isfinite(p))
     order = known[np.argsort(p[known])]
-    corrected[order] = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)).clip(max=1)
+    corrected[order] = np.maximum.accumulate(p[order] * np.arange(len(p), len(p) - len(order), -1)).clip(max=1)
     return corrected
 
 

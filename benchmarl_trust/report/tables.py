@@ -3,7 +3,7 @@
 import csv
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ def by_task(cells: list[Cell]) -> str:
     for cell in cells:
         largest[cell.task] = max(largest[cell.task], *(abs(cell.scores[name]).max() for name in SCORES))
     for cell in cells:
-        digits = 2 if largest[cell.task] > 1 else 3  # rates have three
+        digits = decimals([largest[cell.task]])
         scores = [mean(cell.scores[name], digits) for name in SCORES]
         time, kl = (float(cell.scores[name].mean()) for name in ("time_s", "kl"))
         seeds, frames = str(len(cell.seeds)), str(cell.frames)
@@ -46,21 +46,21 @@ def differences(found: list[Difference]) -> str:
     largest: dict[str, float] = defaultdict(float)
     for d in found:
         largest[d.task] = max(largest[d.task], *(abs(number) for number in d[2:5] if math.isfinite(number)))
-    there = {(d.task, d.label): difference(d, 2 if largest[d.task] > 1 else 3) for d in found}
+    there = {(d.task, d.label): difference(d, decimals([largest[d.task]])) for d in found}
     rows = [["algorithm", *tasks], *([label, *(there.get((task, label), "-") for task in tasks)] for label in labels)]
     return table(rows, left=1) if found else ""
 
 
 def significant(found: list[Difference], level: float = 0.05) -> str:
     """Which differences are left once their p-values are corrected for their number; of one there is nothing to say."""
-    tested = [d for d in found if math.isfinite(d.p)]
-    if len(tested) < 2:
+    corrected = zip(holm(np.array([d.p for d in found])).tolist(), found, strict=True)
+    corrected = sorted((p, d) for p, d in corrected if math.isfinite(p))
+    if len(found) < 2 or not corrected:
         return ""
-    corrected = sorted(zip(holm(np.array([d.p for d in tested])).tolist(), tested, strict=True))
     named = [f"{d.label} on {d.task} (p = {p:.2g})" for p, d in corrected]
     left = [name for name, (p, _) in zip(named, corrected, strict=True) if p < level]
     words = ", ".join(left) if left else f"none; the least is {named[0]}"
-    return f"With Holm's correction for these {len(tested)} differences p is below {level:g} for {words}."
+    return f"With Holm's correction for these {len(found)} differences p is below {level:g} for {words}."
 
 
 def table(rows: Sequence[Sequence[str]], left: int) -> str:
@@ -127,6 +127,11 @@ def _three(estimate: Estimate | None) -> tuple[float, float, float]:
     if estimate is None:
         return math.nan, math.nan, math.nan
     return estimate.value.item(), estimate.low.item(), estimate.high.item()
+
+
+def decimals(values: Iterable[float]) -> int:
+    """Of the numbers of a task: two, or three where none is above 1, as of rates."""
+    return 2 if max(values) > 1 else 3
 
 
 def interval(estimate: Estimate | None) -> str:
