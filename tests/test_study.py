@@ -304,6 +304,12 @@ def test_a_variance_that_is_not_finite_is_named(variance, pages, made):
         pages.agents("many_agents")
 
 
+def test_numbers_in_tasks_are_in_order(pages, made):
+    tasks = [f"vmas/balance, n_agents={n}" for n in (16, 2, 8)]
+    made("many_agents", tasks, {"mappo": ([1.0, 2.0], {})})
+    assert [row[0] for row in rows_of(pages.agents("many_agents"))] == ["2", "8", "16"]
+
+
 def test_what_is_not_there_is_not_in_the_tables(pages, made):
     made("tuned", ["vmas/balance"], {"mappo": ([1.0, 2.0], {}), "happo": ([3.0, 5.0], {})})
     index = pages.RESULTS / "tuned" / "runs.json"
@@ -350,7 +356,8 @@ def test_the_tables_by_task_are_the_reports(part, heading, tmp_path):
     """Arms by tasks, on the tasks on which all arms have all seeds; for tuned radii the aggregates over these too."""
     folder, page = ROOT / "docs" / "results" / part, section("results.md", heading)
     tasks = whole_tasks(part)
-    command = [str(folder), "--tasks", *tasks, "--baseline", "mappo", "--out", str(tmp_path)]
+    command = [str(folder), *(["--tasks", *tasks] if len(tasks) < len(PLAN["parts"][part]["tasks"]) else [])]
+    command += ["--baseline", "mappo", "--out", str(tmp_path)]
     over = {}
     for score in ("area", "final") if part == "tuned" else ("final",):
         report.main([*command, "--score", score])
@@ -419,10 +426,10 @@ def committed(part):
 
 
 def whole_tasks(part):
-    """The tasks on which all arms have all seeds, in the plan's order."""
+    """The tasks on which all arms have all seeds, in the report's order."""
     planned = Counter(run.task for run in study.planned(PLAN) if run.part == part)
     there = Counter(run.task for run in committed(part))
-    return [task for task in planned if there[task] == planned[task]]
+    return sorted(task for task in planned if there[task] == planned[task])
 
 
 def section(file, heading):

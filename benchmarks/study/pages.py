@@ -68,12 +68,17 @@ def saved(part: str) -> list[SavedRun]:
     return compact.load(RESULTS / part) if (RESULTS / part / "runs.json").is_file() else []
 
 
+def in_order(task: str) -> list[str | int]:
+    """The report's order, by which its bootstrap draws, but 16 agents after 2."""
+    return [int(text) if text.isdigit() else text for text in re.split(r"(\d+)", task)]
+
+
 @cache
 def whole_tasks(part: str) -> list[str]:
-    """The tasks on which all runs of the part are saved, in the plan's order."""
+    """The tasks on which all runs of the part are saved, in order."""
     missing = {(run.task, run.arm, run.seed) for run in planned(plan()) if run.part == part}
     missing -= {(run.task, run.label, run.seed) for run in saved(part) if run.finished}
-    return [task for task in plan()["parts"][part]["tasks"] if task not in {task for task, _, _ in missing}]
+    return sorted(set(plan()["parts"][part]["tasks"]) - {task for task, _, _ in missing}, key=in_order)
 
 
 @cache
@@ -90,10 +95,10 @@ def cells_of(part: str, metric: str = "return", whole: bool = True) -> dict[tupl
     found = statistics.cells(runs, metric, None, notes)
     if sum(len(cell.seeds) for cell in found) < len(runs):
         raise ValueError(f"Runs of {part} cannot be compared, so that its tables are not whole:\n" + "\n".join(notes))
-    tasks, arms = plan()["parts"][part]["tasks"], {arm: place for place, arm in enumerate(ORDER)}
+    arms = {arm: place for place, arm in enumerate(ORDER)}
 
     def place(cell: Cell) -> tuple:
-        return tasks.index(cell.task), arms.get(arm_of(cell.label), len(arms)), cell.label
+        return in_order(cell.task), arms.get(arm_of(cell.label), len(arms)), cell.label
 
     return {(cell.task, cell.label): cell for cell in sorted(found, key=place)}
 
