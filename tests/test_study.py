@@ -706,6 +706,25 @@ def test_the_choices_on_the_page_and_in_the_plan_are_those_of_the_rules(choose, 
         assert part_of(out, "tuned") == [run for run in study.planned(PLAN | {"settings": []}) if run.part == "tuned"]
 
 
+def test_the_radii_of_equal_kl_in_the_plan_are_those_of_the_rule(choose, tmp_path, capsys):
+    shutil.copytree(ROOT / "docs" / "results" / "matching", tmp_path / "matching")
+    choose.command("matched", tmp_path)
+    out = capsys.readouterr().out
+    for part in ("matched_balance", "matched_navigation"):
+        planned = [run for run in study.planned(PLAN | {"settings": []}) if run.part == part]
+        assert len(planned) == 8 * 5
+        assert part_of(out, part) == planned
+    kls = {row["label"]: row["kl_mean"] for row in runs_of("matching", tmp_path) if row["task"] == "vmas/balance"}
+    page = section("results.md", "### Equal KL").split("<!-- table: kl matching -->")[1].split("<!-- end")[0]
+    for label, value in kls.items():
+        assert f"| `{label}` | {float(value):.2g} |" in page
+
+
+def runs_of(part, out):
+    report.main([str(ROOT / "docs" / "results" / part), "--out", str(out / "report")])
+    return read(out / "report" / "report.csv")
+
+
 @pytest.mark.slow
 def test_benchmarl_takes_the_settings_of_all_runs():
     with initialize_config_module("benchmarl.conf", version_base=None):
