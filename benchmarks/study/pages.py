@@ -131,9 +131,8 @@ def pairs_of(part: str, words: tuple[str, ...]) -> list[tuple[str, str]]:
 @cache
 def digits_of(part: str, task: str) -> int:
     """Decimals of a task's returns."""
-    return tables.decimals(
-        abs(cell.scores[name]).max() for (at, _), cell in cells_of(part).items() if at == task for name in WORDS
-    )
+    own = [cell for (at, _), cell in cells_of(part).items() if at == task]
+    return tables.decimals(max(abs(cell.scores[name]).max() for cell in own for name in WORDS))
 
 
 def mean(part: str, task: str, label: str, score: str) -> str:
@@ -175,13 +174,10 @@ def scores(part: str, *names: str) -> str:
 def differences(part: str, score: str) -> str:
     """A row for each arm: of each task the difference from MAPPO's mean; and which of them Holm's correction leaves."""
     tasks, labels = axes_of(part)
-    rows = [
-        [f"`{label}`", *(difference(part, task, label, "mappo", score) for task in tasks)]
-        for label in labels
-        if label != "mappo"
-    ]
-    left = tables.significant(statistics.differences(list(cells_of(part).values()), "mappo", score))
-    return f"{markdown([[f'{WORDS[score]}, less MAPPO', *map(short, tasks)], *rows])}\n\n{left}"
+    found = statistics.differences(list(cells_of(part).values()), "mappo", score)
+    there = {(d.task, d.label): tables.difference(d, digits_of(part, d.task)) for d in found}
+    rows = [[f"`{label}`", *(there[task, label] for task in tasks)] for label in labels if label != "mappo"]
+    return f"{markdown([[f'{WORDS[score]}, less MAPPO', *map(short, tasks)], *rows])}\n\n{tables.significant(found)}"
 
 
 def pairs(part: str, *words: str) -> str:

@@ -3,7 +3,7 @@
 import csv
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ def by_task(cells: list[Cell]) -> str:
     for cell in cells:
         largest[cell.task] = max(largest[cell.task], *(abs(cell.scores[name]).max() for name in SCORES))
     for cell in cells:
-        digits = decimals([largest[cell.task]])
+        digits = decimals(largest[cell.task])
         scores = [mean(cell.scores[name], digits) for name in SCORES]
         time, kl = (float(cell.scores[name].mean()) for name in ("time_s", "kl"))
         seeds, frames = str(len(cell.seeds)), str(cell.frames)
@@ -46,7 +46,7 @@ def differences(found: list[Difference]) -> str:
     largest: dict[str, float] = defaultdict(float)
     for d in found:
         largest[d.task] = max(largest[d.task], *(abs(number) for number in d[2:5] if math.isfinite(number)))
-    there = {(d.task, d.label): difference(d, decimals([largest[d.task]])) for d in found}
+    there = {(d.task, d.label): difference(d, decimals(largest[d.task])) for d in found}
     rows = [["algorithm", *tasks], *([label, *(there.get((task, label), "-") for task in tasks)] for label in labels)]
     return table(rows, left=1) if found else ""
 
@@ -129,9 +129,9 @@ def _three(estimate: Estimate | None) -> tuple[float, float, float]:
     return estimate.value.item(), estimate.low.item(), estimate.high.item()
 
 
-def decimals(values: Iterable[float]) -> int:
-    """Of the numbers of a task: two, or three where none is above 1, as of rates."""
-    return 2 if max(values) > 1 else 3
+def decimals(largest: float) -> int:
+    """Of a task's numbers, by the largest: two, or three where none is above 1, as of rates."""
+    return 2 if largest > 1 else 3
 
 
 def interval(estimate: Estimate | None) -> str:
