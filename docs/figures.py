@@ -48,7 +48,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks" / "study")]
 
-from pages import geometric, whole_tasks  # noqa: E402
+import pages  # noqa: E402
 
 #: The colours that Paul Tol calls high-contrast: distinct for all kinds of colour vision, and as shades of grey.
 BLACK, BLUE, RED, YELLOW = "#000000", "#004488", "#BB5566", "#DDAA33"
@@ -106,7 +106,7 @@ class Curves(NamedTuple):
     settings: str = "this package's defaults"
 
 
-TUNED = whole_tasks("tuned")
+TUNED = pages.whole_tasks("tuned")
 ALIKE = {"settings": "radii tuned alike", "digits": 2}
 
 CURVES = {
@@ -210,12 +210,12 @@ def draw_advantage_variance() -> tuple[Figure, str]:
     for name, color, style, shift in (("HAPPO", BLUE, "o-", 0.97), ("clip-HAPPO", RED, "s--", 1.03)):
         own = [(int(row["n_agents"]), float(row["ratio_last"])) for row in rows if row["algorithm"] == name]
         logs = np.log([[ratio for count, ratio in own if count == n] for n in agents])  # [numbers of agents, seeds]
-        center, low, high = np.array([geometric(row) for row in logs]).T
+        found = [pages.geometric(row) for row in logs]
         x = shift * np.array(agents)
-        ax.errorbar(x, center, (center - low, high - center), fmt=style, color=color, capsize=3, label=name)
+        plot_intervals(ax, x, found, {"fmt": style, "color": color, "capsize": 3, "label": name})
         ax.plot(x, np.exp(logs), ".", color=GREY, markersize=4, zorder=3)
-        values = zip(agents, center, low, high, strict=True)
-        said[name] = ", ".join(f"{c:.3g} ({a:.3g} to {b:.3g}) at N = {n}" for n, c, a, b in values)
+        values = zip(agents, found, strict=True)
+        said[name] = ", ".join(f"{c:.3g} ({a:.3g} to {b:.3g}) at N = {n}" for n, (c, a, b) in values)
     ax.axhline(1, color=BLACK, linewidth=0.8, linestyle=":", label="bound of clip-HAPPO")
     ax.set(xscale="log", yscale="log", xlabel="number of agents N", ylabel="Var(w(M) A) / Var(A)")
     ax.xaxis.set(major_locator=FixedLocator(agents), minor_locator=NullLocator())
@@ -229,6 +229,54 @@ def draw_advantage_variance() -> tuple[Figure, str]:
         f"Clip-HAPPO: {said['clip-HAPPO']}. The bound of clip-HAPPO is 1."
     )
     return figure, alt
+
+
+def draw_many_agents() -> tuple[Figure, str]:
+    """Last returns on balance, and the variance of the weighted advantages, over N; mean, seeds and 95 % interval."""
+    part = "many_agents"
+    cells = pages.cells_of(part)
+    tasks, labels = pages.axes_of(part)
+    agents = np.array([pages.agents_of(task) for task in tasks])
+    figure = Figure(figsize=(8, 3.8))
+    left, right = figure.subplots(1, 2)
+    ends, factors = [], []
+    looks = ((BLACK, "D-.", 0.94), (BLUE, "o-", 0.98), (RED, "s--", 1.02), (YELLOW, "^:", 1.06))
+    for label, (color, style, shift) in zip(labels, looks, strict=True):
+        x = shift * agents
+        returns = np.array([cells[task, label].scores["final"] for task in tasks])  # [numbers of agents, seeds]
+        look = {"fmt": style, "color": color, "capsize": 3, "markersize": 4, "label": label}
+        plot_intervals(left, x, [pages.student(row) for row in returns], look)
+        left.plot(x, returns, ".", color=GREY, markersize=4, zorder=3)
+        ends.append(f"{label} {', '.join(pages.mean(part, task, label, 'final') for task in tasks)}")
+        found = [pages.variance_of(part, task, label) for task in tasks]
+        if None not in found:
+            plot_intervals(right, x, found, look)
+            values = ", ".join("{:.3g} ({:.3g} to {:.3g})".format(*each) for each in found)
+            factors.append(f"{label} {values}")
+    right.axhline(1, color=GREY, linewidth=0.8, zorder=0)
+    left.set(ylabel="return of the last evaluation", xscale="log")
+    right.set(ylabel="Var(w(M) A) / Var(A)", xscale="log", yscale="log")
+    for ax in (left, right):
+        ax.set_xlabel("number of agents N")
+        ax.xaxis.set(major_locator=FixedLocator(agents), minor_locator=NullLocator())
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    seeds = len(cells[tasks[0], labels[0]].seeds)
+    figure.suptitle(f"vmas/balance over the number of agents: mean and 95 % interval over {seeds} seeds")
+    numbers = listed([str(number) for number in agents])
+    alt = (
+        f"Two panels over the number of agents N, {numbers}, on vmas/balance; mean and 95 % interval over {seeds} "
+        f"seeds. Left the return of the last evaluation, mean ± standard deviation: {'; '.join(ends)}. Right, on a "
+        "logarithmic axis, the variance of the weighted advantages over that of the advantages, at the positions "
+        f"after the first: {'; '.join(factors)}."
+    )
+    return figure, alt
+
+
+def plot_intervals(ax: Axes, x: np.ndarray, found: list[tuple[float, float, float]], look: dict) -> None:
+    """Centers and the ends of their intervals."""
+    center, low, high = np.array(found).T
+    ax.errorbar(x, center, (center - low, high - center), **look)
 
 
 def draw_differential_game() -> tuple[Figure, str]:
@@ -412,6 +460,7 @@ def final(row: dict[str, str], digits: int) -> str:
 DRAWINGS: dict[str, Callable[[], tuple[Figure, str]]] = {
     "gains.svg": draw_gains,
     "advantage_variance.svg": draw_advantage_variance,
+    "many_agents.svg": draw_many_agents,
     "differential_game.svg": draw_differential_game,
     "smax.svg": draw_smax,
 }

@@ -179,6 +179,20 @@ def test_the_numbers_of_a_task(tmp_path, report):
     assert printed == ["2", "40", "6.00 ± 2.00", "7.00 ± 1.00", "4.67 ± 0.33", "6", "2"]
 
 
+@pytest.mark.parametrize(
+    ("scale", "last", "difference"),
+    [(0.001, "0.006 ± 0.002", "-0.001 (-0.013 to 0.011)"), (200, "1200 ± 400", "-200 (-2634 to 2234)")],
+)
+def test_numbers_have_decimals_by_their_size(scale, last, difference, tmp_path, report):
+    """Three where all are at most 1, as rates are; none where one is above 1000. t of 2 degrees is 4.303."""
+    for algorithm, ends in (("mars", (4.0, 8.0)), ("mappo", (5.0, 9.0))):
+        for seed, end in enumerate(ends):
+            write_run(tmp_path, algorithm=algorithm, seed=seed, returns=(0.0, 6.0 * scale, end * scale))
+    printed = report(tmp_path, "--baseline", "mappo")
+    assert rows(printed)["vmas/balance", "mars"][2] == last
+    assert difference in printed
+
+
 def test_the_kl_of_groups_is_a_mean_over_agents(tmp_path, report):
     logged = {f"train_adversary_policy_kl_agent_{i}": {0: value} for i, value in enumerate([1, 2, 3])}
     write_run(tmp_path, logged=logged | {"train_agent_policy_kl_agent_0": {0: 6}, "train_agent_policy_kl": {0: 99}})

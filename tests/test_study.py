@@ -230,6 +230,14 @@ def test_tables_of_differences_and_kl(pages, made):
     )
 
 
+def test_differences_of_win_rates_are_from_mappo_whatever_its_key(pages, made):
+    """On SMAX MAPPO's label has its λ, and what is compared is no return."""
+    x, y = [0.5, 0.75, 0.75], [0.25, 0.25, 0.5]
+    wins = {name: {"win_rate": [{10: 0.0, 20: value} for value in own]} for name, own in (("gpae", x), ("mappo", y))}
+    made("smax", ["smax/3m"], {"gpae plain": ([7.0] * 3, wins["gpae"]), "mappo 0.95": ([9.0] * 3, wins["mappo"])})
+    assert rows_of(pages.made(pages.TABLES, "differences smax final"))[0] == ["`gpae plain`", welch(x, y, ".3f")]
+
+
 def test_an_arm_is_named_without_its_radius_where_it_has_one_alone(pages, made):
     made(
         "tuned",

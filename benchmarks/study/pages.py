@@ -43,6 +43,8 @@ PICTURE = re.compile(r"!\[(?:(?!!\[).)*?\]\(((?:docs/|\.\./)?figures/([\w.]+))\)
 #: Of the rows: MAPPO, then who learns at once, in turns by gradient steps, and in turns by natural steps.
 ORDER = ["mappo", "ippo", "mars", "clip", "maspo", "log", "gpae", "happo", "cliphappo", "a2po", "happo with gpae"]
 ORDER += ["sequential mars", "hatrpo", "cliphatrpo", "hatrpow", "hatrpog"]
+#: What is compared where it is not the return.
+METRICS = {"smax": "win_rate"}
 WORDS = {"final": "last", "best": "best", "area": "area"}
 
 
@@ -82,7 +84,7 @@ def whole_tasks(part: str) -> list[str]:
 
 
 @cache
-def cells_of(part: str, metric: str = "return", whole: bool = True) -> dict[tuple[str, str], Cell]:
+def cells_of(part: str, whole: bool = True) -> dict[tuple[str, str], Cell]:
     """By task and label, in the order of the pages' rows; of the tasks that are whole, or of all.
 
     Raises:
@@ -92,7 +94,7 @@ def cells_of(part: str, metric: str = "return", whole: bool = True) -> dict[tupl
     if not runs:
         return {}
     notes: list[str] = []
-    found = statistics.cells(runs, metric, None, notes)
+    found = statistics.cells(runs, METRICS.get(part, "return"), None, notes)
     if sum(len(cell.seeds) for cell in found) < len(runs):
         raise ValueError(f"Runs of {part} cannot be compared, so that its tables are not whole:\n" + "\n".join(notes))
     arms = {arm: place for place, arm in enumerate(ORDER)}
@@ -174,9 +176,12 @@ def scores(part: str, *names: str) -> str:
 def differences(part: str, score: str) -> str:
     """A row for each arm: of each task the difference from MAPPO's mean; and which of them Holm's correction leaves."""
     tasks, labels = axes_of(part)
-    found = statistics.differences(list(cells_of(part).values()), "mappo", score)
+    if not tasks:
+        return markdown([])
+    baseline = label_of(part, "mappo")
+    found = statistics.differences(list(cells_of(part).values()), baseline, score)
     there = {(d.task, d.label): tables.difference(d, digits_of(part, d.task)) for d in found}
-    rows = [[f"`{label}`", *(there[task, label] for task in tasks)] for label in labels if label != "mappo"]
+    rows = [[f"`{label}`", *(there[task, label] for task in tasks)] for label in labels if label != baseline]
     return f"{markdown([[f'{WORDS[score]}, less MAPPO', *map(short, tasks)], *rows])}\n\n{tables.significant(found)}"
 
 
@@ -214,8 +219,9 @@ def aggregated(part: str, score: str) -> aggregates.Aggregates:
         ValueError: where something is left out of them.
     """
     notes: list[str] = []
-    bounds = aggregates.read_bounds([RESULTS / part / "bounds.json"], "return")
-    found = aggregates.aggregate(list(cells_of(part).values()), bounds, "mappo", score, "return", notes)
+    metric = METRICS.get(part, "return")
+    bounds = aggregates.read_bounds([RESULTS / part / "bounds.json"], metric)
+    found = aggregates.aggregate(list(cells_of(part).values()), bounds, "mappo", score, metric, notes)
     if notes:
         raise ValueError("\n".join(notes))
     return found
@@ -280,18 +286,30 @@ def agents(part: str) -> str:
     what = "Var(w(M) A) / Var(A): mean over the positions after the first, geometric over iterations and seeds"
     rows = [["agents", "arm", "last", "area", "last, less MAPPO", "area, less MAPPO", f"{what}, 95 % interval"]]
     for task, label in cells_of(part):
-        number = int(task.split("=")[-1])
+        number = agents_of(task)
         own = [mean(part, task, label, score) for score in ("final", "area")]
         less = (
             ["", ""]
             if label == "mappo"
             else [difference(part, task, label, "mappo", score) for score in ("final", "area")]
         )
-        runs_of = [run for run in saved(part) if (run.task, run.label) == (task, label)]
-        logs = [log_variance(run, number) for run in runs_of] if label in ("happo", "cliphappo") else []
-        ratio = "{:.3g} ({:.3g} to {:.3g})".format(*geometric(np.array(logs))) if logs else ""
+        found = variance_of(part, task, label)
+        ratio = "{:.3g} ({:.3g} to {:.3g})".format(*found) if found else ""
         rows.append([str(number), f"`{label}`", *own, *less, ratio])
     return markdown(rows)
+
+
+def agents_of(task: str) -> int:
+    """The number that its name ends with."""
+    return int(task.split("=")[-1])
+
+
+def variance_of(part: str, task: str, label: str) -> tuple[float, float, float] | None:
+    """Var(w(M) A) / Var(A), geometric mean over iterations and seeds, and its interval; None where it says nothing."""
+    if label not in ("happo", "cliphappo"):
+        return None
+    own = [run for run in saved(part) if (run.task, run.label) == (task, label)]
+    return geometric(np.array([log_variance(run, agents_of(task)) for run in own]))
 
 
 def log_variance(run: SavedRun, number: int) -> float:
@@ -310,17 +328,23 @@ def log_variance(run: SavedRun, number: int) -> float:
     return log
 
 
+def student(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean over seeds and the ends of its 95 % interval, by Student's t, of values [seeds]."""
+    half = student_t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    center = values.mean()
+    return float(center), float(center - half), float(center + half)
+
+
 def geometric(logs: np.ndarray) -> tuple[float, float, float]:
-    """Geometric mean over seeds and the ends of its 95 % interval, by Student's t of the logarithms [seeds]."""
-    half = student_t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs))
-    center, factor = np.exp(logs.mean()), np.exp(half)
-    return float(center), float(center / factor), float(center * factor)
+    """Geometric mean over seeds and the ends of its interval, of logarithms [seeds]."""
+    center, low, high = map(math.exp, student(logs))
+    return center, low, high
 
 
-def runs(part: str, metric: str, digits: str) -> str:
+def runs(part: str, digits: str) -> str:
     """A row for each task and arm of all that is there: final and best evaluation, area, and KL per iteration."""
     rows = [["task", "arm", "seeds", "last", "best", "area", "KL per iteration"]]
-    for (task, label), cell in cells_of(part, metric, whole=False).items():
+    for (task, label), cell in cells_of(part, whole=False).items():
         own = [tables.mean(cell.scores[name], int(digits)) for name in ("final", "best", "area")]
         value = kl_of(cell)
         rows.append(
