@@ -45,6 +45,8 @@ ORDER = ["mappo", "ippo", "mars", "clip", "maspo", "log", "gpae", "happo", "clip
 ORDER += ["sequential mars", "hatrpo", "cliphatrpo", "hatrpow", "hatrpog"]
 #: What is compared where it is not the return.
 METRICS = {"smax": "win_rate"}
+#: Whose factor weighs one advantage for all; A2PO's is another at each position, and orders them.
+WEIGHTED = ("happo", "cliphappo")
 WORDS = {"final": "last", "best": "best", "area": "area"}
 
 
@@ -150,8 +152,13 @@ def difference(part: str, task: str, label: str, other: str, score: str) -> str:
 
 
 def short(task: str) -> str:
-    """A task without its suite."""
-    return task.split("/")[-1]
+    """A task without its suite; of a number of agents that alone.
+
+    Examples:
+        >>> short("smax/3m"), short("vmas/balance, n_agents=8")
+        ('3m', '8 agents')
+    """
+    return f"{agents_of(task)} agents" if "n_agents=" in task else task.split("/")[-1]
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -202,7 +209,7 @@ def page(part: str, *words: str) -> str:
     named = pairs_of(part, words)
     shown = [label for label in labels if any(label in pair for pair in named)]
     head = [*(f"`{label}`" for label in shown), *(f"`{label}` − `{other}`, 95 %" for label, other in named)]
-    rows = [["with tuned radii", *head]]
+    rows = [[{"tuned": "with tuned radii"}.get(part, part.replace("_", " ").replace("lambda", "λ")), *head]]
     for task in tasks:
         for score in ("final", "area"):
             own = [mean(part, task, label, score) for label in shown]
@@ -279,23 +286,18 @@ def matched(part: str) -> str:
 
 
 def agents(part: str) -> str:
-    """A row for each number of agents and arm: returns, and what the factor does to the variance of the advantages.
-
-    A2PO has another advantage at each position, and an order by it: its variances cannot be compared.
-    """
+    """A row for each number of agents and arm: returns, and what the factor does to the variance of the advantages."""
     what = "Var(w(M) A) / Var(A): mean over the positions after the first, geometric over iterations and seeds"
     rows = [["agents", "arm", "last", "area", "last, less MAPPO", "area, less MAPPO", f"{what}, 95 % interval"]]
     for task, label in cells_of(part):
-        number = agents_of(task)
         own = [mean(part, task, label, score) for score in ("final", "area")]
         less = (
             ["", ""]
             if label == "mappo"
             else [difference(part, task, label, "mappo", score) for score in ("final", "area")]
         )
-        found = variance_of(part, task, label)
-        ratio = "{:.3g} ({:.3g} to {:.3g})".format(*found) if found else ""
-        rows.append([str(number), f"`{label}`", *own, *less, ratio])
+        ratio = factor(part, task, label) if label in WEIGHTED else ""
+        rows.append([str(agents_of(task)), f"`{label}`", *own, *less, ratio])
     return markdown(rows)
 
 
@@ -304,12 +306,15 @@ def agents_of(task: str) -> int:
     return int(task.split("=")[-1])
 
 
-def variance_of(part: str, task: str, label: str) -> tuple[float, float, float] | None:
-    """Var(w(M) A) / Var(A), geometric mean over iterations and seeds, and its interval; None where it says nothing."""
-    if label not in ("happo", "cliphappo"):
-        return None
+def variance_of(part: str, task: str, label: str) -> tuple[float, float, float]:
+    """Var(w(M) A) / Var(A), geometric mean over iterations and seeds, and its interval."""
     own = [run for run in saved(part) if (run.task, run.label) == (task, label)]
     return geometric(np.array([log_variance(run, agents_of(task)) for run in own]))
+
+
+def factor(part: str, task: str, label: str) -> str:
+    """The same in words."""
+    return "{:.3g} ({:.3g} to {:.3g})".format(*variance_of(part, task, label))
 
 
 def log_variance(run: SavedRun, number: int) -> float:
@@ -384,6 +389,12 @@ def mean_by_task(part: str, score: str, *words: str) -> str:
     return by_task(part, lambda task: mean(part, task, label, score))
 
 
+def variance_by_task(part: str, *words: str) -> str:
+    """Of each number of agents what an arm's factor does to the variance of the advantages."""
+    label = label_of(part, " ".join(words))
+    return by_task(part, lambda task: factor(part, task, label))
+
+
 def iqm(part: str, score: str, *words: str) -> str:
     """Over all tasks an arm's interquartile mean."""
     return tables.interval(aggregated(part, score).iqm[label_of(part, " ".join(words))])
@@ -401,7 +412,12 @@ TABLES: dict[str, Callable[..., str]] = {
     "runs": runs,
     "state": state,
 }
-NUMBERS: dict[str, Callable[..., str]] = {"difference": difference_by_task, "mean": mean_by_task, "iqm": iqm}
+NUMBERS: dict[str, Callable[..., str]] = {
+    "difference": difference_by_task,
+    "mean": mean_by_task,
+    "variance": variance_by_task,
+    "iqm": iqm,
+}
 
 
 def made(kinds: dict[str, Callable[..., str]], words: str) -> str:

@@ -130,7 +130,7 @@ def _three(estimate: Estimate | None) -> tuple[float, float, float]:
 
 
 def decimals(largest: float) -> int:
-    """Of a task's numbers, by the largest: two; three where none is above 1, as of rates, none where one is above 1000."""
+    """Of a task's numbers by the largest: two; three where none is above 1, as of rates; none with one over 1000."""
     return 3 if largest <= 1 else 2 if largest <= 1000 else 0
 
 
