@@ -47,6 +47,8 @@ ORDER += ["sequential mars", "hatrpo", "cliphatrpo", "hatrpow", "hatrpog"]
 METRICS = {"smax": "win_rate"}
 #: Whose factor weighs one advantage for all; A2PO's is another at each position, and orders them.
 WEIGHTED = ("happo", "cliphappo")
+#: The baselines' names.
+NAMES = {"mappo": "MAPPO", "hatrpo": "HATRPO"}
 WORDS = {"final": "last", "best": "best", "area": "area"}
 
 
@@ -126,6 +128,12 @@ def label_of(part: str, name: str) -> str:
     return found[0]
 
 
+def baseline_of(part: str) -> tuple[str, str]:
+    """The label of the arm that others are compared with, the first of the rows, and its name."""
+    label = axes_of(part)[1][0]
+    return label, NAMES[arm_of(label)]
+
+
 def pairs_of(part: str, words: tuple[str, ...]) -> list[tuple[str, str]]:
     """The labels of ``a - b; c - d``."""
     named = [pair.split(" - ") for pair in " ".join(words).split("; ")]
@@ -181,15 +189,15 @@ def scores(part: str, *names: str) -> str:
 
 
 def differences(part: str, score: str) -> str:
-    """A row for each arm: of each task the difference from MAPPO's mean; and which of them Holm's correction leaves."""
+    """A row for each arm: of each task the difference from the first's mean; and which Holm's correction leaves."""
     tasks, labels = axes_of(part)
     if not tasks:
         return markdown([])
-    baseline = label_of(part, "mappo")
+    baseline, name = baseline_of(part)
     found = statistics.differences(list(cells_of(part).values()), baseline, score)
     there = {(d.task, d.label): tables.difference(d, digits_of(part, d.task)) for d in found}
     rows = [[f"`{label}`", *(there[task, label] for task in tasks)] for label in labels if label != baseline]
-    return f"{markdown([[f'{WORDS[score]}, less MAPPO', *map(short, tasks)], *rows])}\n\n{tables.significant(found)}"
+    return f"{markdown([[f'{WORDS[score]}, less {name}', *map(short, tasks)], *rows])}\n\n{tables.significant(found)}"
 
 
 def pairs(part: str, *words: str) -> str:
@@ -227,18 +235,23 @@ def aggregated(part: str, score: str) -> aggregates.Aggregates:
     """
     notes: list[str] = []
     metric = METRICS.get(part, "return")
-    bounds = aggregates.read_bounds([RESULTS / part / "bounds.json"], metric)
-    found = aggregates.aggregate(list(cells_of(part).values()), bounds, "mappo", score, metric, notes)
+    bounds = aggregates.read_bounds([RESULTS / "tuned" / "bounds.json"], metric)
+    baseline, _ = baseline_of(part)
+    found = aggregates.aggregate(list(cells_of(part).values()), bounds, baseline, score, metric, notes)
     if notes:
         raise ValueError("\n".join(notes))
     return found
 
 
 def over_tasks(part: str, *names: str) -> str:
-    """A row for each arm: over all tasks the interquartile mean and the probability of improvement over MAPPO."""
+    """A row for each arm: over all tasks the interquartile mean and the probability of improvement over the first."""
     tasks, labels = axes_of(part)
+    if not tasks:
+        return markdown([])
+    _, baseline = baseline_of(part)
     found = [aggregated(part, name) for name in names]
-    head = [f"{WORDS[name]}: {what}" for name in names for what in ("interquartile mean", "P(improvement over MAPPO)")]
+    what = ("interquartile mean", f"P(improvement over {baseline})")
+    head = [f"{WORDS[name]}: {text}" for name in names for text in what]
     rows = [[f"{len(tasks)} tasks", *head]]
     for label in labels:
         own = [each.get(label) for of in found for each in (of.iqm, of.improvement)]
