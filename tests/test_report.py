@@ -313,6 +313,15 @@ def test_what_is_left_after_the_correction_is_said(tmp_path, report):
     assert "Holm" not in level  # of one there is nothing to correct
 
 
+def test_the_least_of_what_the_correction_makes_equal(tmp_path, report):
+    """Corrected, all p are 1; the least is the least as it was, not the first by name."""
+    for seed in range(3):
+        write_run(tmp_path, "mappo", "balance", seed, (0.0, 0.0, seed))
+        write_run(tmp_path, "happo", "balance", seed, (0.0, 0.0, seed + 0.1))
+        write_run(tmp_path, "mars", "balance", seed, (0.0, 0.0, seed + 0.5))
+    assert "none; the least is mars on vmas/balance (p = 1)" in report(tmp_path, "--baseline", "mappo")
+
+
 def test_differences_where_little_is_known(tmp_path, report):
     for seed, value in enumerate((1.0, 3.0, 5.0)):
         write_run(tmp_path, "mappo", "balance", seed, (0.0, 0.0, value))

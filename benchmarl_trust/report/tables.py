@@ -54,7 +54,7 @@ def differences(found: list[Difference]) -> str:
 def significant(found: list[Difference], level: float = 0.05) -> str:
     """Which differences are left once their p-values are corrected for their number; of one there is nothing to say."""
     corrected = zip(holm(np.array([d.p for d in found])).tolist(), found, strict=True)
-    corrected = sorted((p, d) for p, d in corrected if math.isfinite(p))
+    corrected = sorted(((p, d) for p, d in corrected if math.isfinite(p)), key=lambda pair: (pair[0], pair[1].p))
     if len(found) < 2 or not corrected:
         return ""
     named = [f"{d.label} on {d.task} (p = {p:.2g})" for p, d in corrected]
