@@ -124,7 +124,7 @@ CURVES = {
     "tuned_aggregate.svg": Curves("tuned", TUNED, [], **ALIKE),
     "mamujoco_curves.svg": Curves(
         "mamujoco",
-        ["mamujoco/halfcheetah_2x3"],
+        ["mamujoco/halfcheetah_2x3", "mamujoco/ant_4x2"],
         ["mappo", "happo", "cliphappo", "hatrpo", "hatrpow", "hatrpog"],
         digits=0,
         settings="this package's defaults, the experiment mamujoco_small",
