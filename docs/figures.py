@@ -236,6 +236,10 @@ def draw_many_agents() -> tuple[Figure, str]:
     part = "many_agents"
     cells = pages.cells_of(part)
     tasks, labels = pages.axes_of(part)
+    if not tasks:
+        raise ValueError(
+            f"No number of agents is whole in {RESULTS / part}: run benchmarks/study/run.py --parts {part}."
+        )
     agents = np.array([pages.agents_of(task) for task in tasks])
     figure = Figure(figsize=(8, 3.8))
     left, right = figure.subplots(1, 2)
@@ -250,7 +254,7 @@ def draw_many_agents() -> tuple[Figure, str]:
         ends.append(f"{label} {', '.join(pages.mean(part, task, label, 'final') for task in tasks)}")
         if label in pages.WEIGHTED:
             plot_intervals(right, x, [pages.variance_of(part, task, label) for task in tasks], look)
-            factors.append(f"{label} {', '.join(pages.factor(part, task, label) for task in tasks)}")
+            factors.append(f"{label} {', '.join(pages.variance(part, task, label) for task in tasks)}")
     right.axhline(1, color=GREY, linewidth=0.8, zorder=0)
     left.set(ylabel="return of the last evaluation", xscale="log")
     right.set(ylabel="Var(w(M) A) / Var(A)", xscale="log")

@@ -9,8 +9,8 @@ A table stands between two comments, of which the first says what it has, and so
     <!-- numbers: difference tuned final hatrpo - mappo -->balance 9.56 (4.55 to 14.56)<!-- end -->
 
 First comes one of ``TABLES`` or ``NUMBERS``, then what its function is told, as a rule a part of the plan. Of a part
-the tasks are shown on which all its runs are saved. An arm's number is its radius; without one it has the package's
-default.
+the tasks are shown on which all its runs are saved. An arm's number is its radius, or its λ in the arms
+that the plan says so of; without one it has the package's default.
 """
 
 import argparse
@@ -53,7 +53,7 @@ WORDS = {"final": "last", "best": "best", "area": "area"}
 
 
 def arm_of(label: str) -> str:
-    """Without its radius.
+    """Without its number.
 
     Examples:
         >>> arm_of("happo 0.4"), arm_of("happo with gpae")
@@ -131,7 +131,7 @@ def label_of(part: str, name: str) -> str:
 def baseline_of(part: str) -> tuple[str, str]:
     """The label of the arm that others are compared with, the first of the rows, and its name."""
     label = axes_of(part)[1][0]
-    return label, NAMES[arm_of(label)]
+    return label, NAMES.get(arm_of(label), f"`{label}`")
 
 
 def pairs_of(part: str, words: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -228,7 +228,7 @@ def page(part: str, *words: str) -> str:
 
 @cache
 def aggregated(part: str, score: str) -> aggregates.Aggregates:
-    """The numbers over the part's tasks.
+    """The numbers over the part's tasks, returns normalised by the bounds of ``tuned``.
 
     Raises:
         ValueError: where something is left out of them.
@@ -309,7 +309,7 @@ def agents(part: str) -> str:
             if label == "mappo"
             else [difference(part, task, label, "mappo", score) for score in ("final", "area")]
         )
-        ratio = factor(part, task, label) if label in WEIGHTED else ""
+        ratio = variance(part, task, label) if label in WEIGHTED else ""
         rows.append([str(agents_of(task)), f"`{label}`", *own, *less, ratio])
     return markdown(rows)
 
@@ -325,9 +325,9 @@ def variance_of(part: str, task: str, label: str) -> tuple[float, float, float]:
     return geometric(np.array([log_variance(run, agents_of(task)) for run in own]))
 
 
-def factor(part: str, task: str, label: str) -> str:
-    """The same in words."""
-    return "{:.3g} ({:.3g} to {:.3g})".format(*variance_of(part, task, label))
+def variance(part: str, task: str, label: str) -> str:
+    """The ratio of the variances, and its interval."""
+    return "{:#.3g} ({:#.3g} to {:#.3g})".format(*variance_of(part, task, label))
 
 
 def log_variance(run: SavedRun, number: int) -> float:
@@ -347,7 +347,9 @@ def log_variance(run: SavedRun, number: int) -> float:
 
 
 def student(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean over seeds and the ends of its 95 % interval, by Student's t, of values [seeds]."""
+    """Mean over seeds and the ends of its 95 % interval, by Student's t, of values [seeds], two or more."""
+    if len(values) < 2:
+        raise ValueError("An interval over seeds needs two seeds or more.")
     half = student_t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
     center = values.mean()
     return float(center), float(center - half), float(center + half)
@@ -403,9 +405,9 @@ def mean_by_task(part: str, score: str, *words: str) -> str:
 
 
 def variance_by_task(part: str, *words: str) -> str:
-    """Of each number of agents what an arm's factor does to the variance of the advantages."""
+    """Of each number of agents what an arm's factor makes of the variance of the advantages."""
     label = label_of(part, " ".join(words))
-    return by_task(part, lambda task: factor(part, task, label))
+    return by_task(part, lambda task: variance(part, task, label))
 
 
 def iqm(part: str, score: str, *words: str) -> str:
