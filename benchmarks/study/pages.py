@@ -415,6 +415,11 @@ def iqm(part: str, score: str, *words: str) -> str:
     return tables.interval(aggregated(part, score).iqm[label_of(part, " ".join(words))])
 
 
+def improvement(part: str, score: str, *words: str) -> str:
+    """Over all tasks an arm's probability of improvement over the first."""
+    return tables.interval(aggregated(part, score).improvement[label_of(part, " ".join(words))])
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "scores": scores,
     "differences": differences,
@@ -432,6 +437,7 @@ NUMBERS: dict[str, Callable[..., str]] = {
     "mean": mean_by_task,
     "variance": variance_by_task,
     "iqm": iqm,
+    "improvement": improvement,
 }
 
 
