@@ -38,6 +38,7 @@ def drawn(figures, tmp_path_factory):
     [
         "gains.svg",
         "advantage_variance.svg",
+        "many_agents.svg",
         "differential_game.svg",
         "smax.svg",
         "learning_curves.svg",

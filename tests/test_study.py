@@ -20,7 +20,7 @@ import torch
 import yaml
 from benchmarl.hydra_config import load_algorithm_config_from_hydra, load_experiment_config_from_hydra
 from hydra import compose, initialize_config_module
-from scipy.stats import ttest_ind
+from scipy.stats import ttest_1samp, ttest_ind
 
 from benchmarl_trust.environments import TrustGamesTask, differential_reward
 from benchmarl_trust.report import __main__ as report
@@ -130,7 +130,7 @@ def test_the_pages_are_what_the_saved_runs_make_of_them(pages):
         numbers += len(pages.NUMBER.findall(text))
     assert sum(found.values()) >= 20
     assert numbers >= 15
-    assert all(found[name] == 1 for name in ON_PAGES)
+    assert all(found[name] == number for name, number in Counter(name for name, _ in ON_PAGES).items())
 
 
 def test_a_page_is_filled(pages, monkeypatch):
@@ -238,6 +238,24 @@ def test_differences_of_win_rates_are_from_mappo_whatever_its_key(pages, made):
     assert rows_of(pages.made(pages.TABLES, "differences smax final"))[0] == ["`gpae plain`", welch(x, y, ".3f")]
 
 
+def test_differences_are_from_the_first_of_the_rows(pages, made):
+    x, y = [0.5, 0.75, 1.75], [2.0, 3.0, 3.5]
+    made("equal_budgets", ["vmas/balance"], {"hatrpow": (x, {}), "hatrpo": (y, {})})
+    table = pages.differences("equal_budgets", "final")
+    assert table.startswith("| last, less HATRPO |")
+    assert rows_of(table)[0] == ["`hatrpow`", welch(x, y)]
+    bounds = '{"vmas/balance": {"low": 0, "high": 10, "source": "here"}}'
+    (pages.RESULTS / "tuned").mkdir()
+    (pages.RESULTS / "tuned" / "bounds.json").write_text(bounds)
+    table = pages.over_tasks("equal_budgets", "final")
+    assert table.startswith("| 1 tasks | last: interquartile mean | last: P(improvement over HATRPO) |")
+    first, second = rows_of(table)
+    assert first[0::2] == ["`hatrpo`", ""]
+    assert second[0] == "`hatrpow`"
+    assert second[2].startswith("0.00 [")  # each of its runs ends below each of HATRPO's
+    assert pages.made(pages.NUMBERS, "improvement equal_budgets final hatrpow") == second[2]
+
+
 def test_an_arm_is_named_without_its_radius_where_it_has_one_alone(pages, made):
     made(
         "tuned",
@@ -301,6 +319,35 @@ def test_a_table_of_numbers_of_agents(pages, made):
     number = r"([\d.e+-]+)"
     found = re.fullmatch(rf"{number} \({number} to {number}\)", rows[1][6]).groups()
     assert [math.log(float(x)) for x in found] == pytest.approx([2, 2 - 12.7062, 2 + 12.7062], abs=0.01)
+    assert pages.made(pages.NUMBERS, "variance many_agents happo") == f"4 agents {rows[1][6]}".replace("-", "−")
+
+
+def test_the_picture_over_the_number_of_agents_says_what_the_runs_say():
+    """Against the committed runs, without the code that writes table and picture."""
+    alt = yaml.safe_load((ROOT / "docs" / "figures" / "alt.yaml").read_text())["many_agents.svg"]
+    returns, variances = alt.split(" Right ")
+    runs, agents = committed("many_agents"), (2, 4, 8, 16)
+    name = "train_agents_policy_advantage_variance"
+    for label in ("mappo", "happo", "cliphappo", "a2po"):
+        (text,) = re.findall(rf"(?:deviation: |; ){label} ([^;]*?)(?:;|\.$)", returns)
+        found = [float(number) for number in re.findall(r"-?\d+\.\d+", text)]
+        own = {n: [run for run in runs if run.label == label and run.task.endswith(f"={n}")] for n in agents}
+        last = [[list(run.curves["return"].values())[-1] for run in own[n]] for n in agents]
+        assert found == pytest.approx([x for of in last for x in (np.mean(of), np.std(of))], abs=0.00501)
+        if label not in ("happo", "cliphappo"):
+            assert label not in variances
+            continue
+        (text,) = re.findall(rf"(?:first: |; ){label} ([^;]*?)(?:;|\.$)", variances)
+        found = np.array([float(number) for number in re.findall(r"\d+\.\d+", text)]).reshape(len(agents), 3)
+        for n, (center, low, high) in zip(agents, found, strict=True):
+            logs = []
+            for run in own[n]:
+                everywhere, first = (np.array(list(run.curves[key].values())) for key in (name, f"{name}_position_0"))
+                others = (n * everywhere - first) / (n - 1)
+                logs.append(np.mean(np.log(others / first)))
+            interval = ttest_1samp(logs, 0).confidence_interval(0.95)
+            expected = np.exp([np.mean(logs), interval.low, interval.high])
+            assert [center, low, high] == pytest.approx(expected.tolist(), rel=0.0051)
 
 
 @pytest.mark.parametrize("variance", [0.0, math.nan, math.inf])
@@ -391,36 +438,40 @@ def test_the_tables_by_task_are_the_reports(part, heading, tmp_path):
             assert squeezed(f"| `{arm}` | {' | '.join(cells)} |") in page
 
 
-#: The arms with tuned radii whose differences are on an algorithm's page, and from which.
+#: The arms whose differences are on an algorithm's page, and from which; of each part the table's first word.
+TITLES = {"tuned": "with tuned radii", "equal_budgets": "equal budgets"}
 ON_PAGES = {
-    "a2po": [("a2po 0.4", "mappo"), ("a2po 0.4", "happo 0.4")],
-    "cliphappo": [("cliphappo 0.4", "mappo"), ("cliphappo 0.4", "happo 0.4")],
-    "cliphatrpo": [("cliphatrpo", "mappo"), ("cliphatrpo", "hatrpo")],
-    "gpae": [("gpae", "mappo")],
-    "happo": [("happo 0.4", "mappo"), ("happo with gpae", "mappo"), ("sequential mars 0.45", "mappo")],
-    "hatrpo": [("hatrpo", "mappo"), ("hatrpo", "happo 0.4")],
-    "hatrpog": [("hatrpog 0.03", "mappo"), ("hatrpog 0.03", "hatrpo")],
-    "hatrpow": [("hatrpow 0.03", "mappo"), ("hatrpow 0.03", "hatrpo")],
-    "mars": [("mars 0.45", "mappo"), ("mars 0.45", "maspo 0.9")],
-    "maspo": [("maspo 0.9", "mappo")],
+    ("a2po", "tuned"): [("a2po 0.4", "mappo"), ("a2po 0.4", "happo 0.4")],
+    ("cliphappo", "tuned"): [("cliphappo 0.4", "mappo"), ("cliphappo 0.4", "happo 0.4")],
+    ("cliphatrpo", "tuned"): [("cliphatrpo", "mappo"), ("cliphatrpo", "hatrpo")],
+    ("gpae", "tuned"): [("gpae", "mappo")],
+    ("happo", "tuned"): [("happo 0.4", "mappo"), ("happo with gpae", "mappo"), ("sequential mars 0.45", "mappo")],
+    ("hatrpo", "tuned"): [("hatrpo", "mappo"), ("hatrpo", "happo 0.4")],
+    ("hatrpog", "tuned"): [("hatrpog 0.03", "mappo"), ("hatrpog 0.03", "hatrpo")],
+    ("hatrpog", "equal_budgets"): [("hatrpog", "hatrpo")],
+    ("hatrpow", "tuned"): [("hatrpow 0.03", "mappo"), ("hatrpow 0.03", "hatrpo")],
+    ("hatrpow", "equal_budgets"): [("hatrpow", "hatrpo")],
+    ("mars", "tuned"): [("mars 0.45", "mappo"), ("mars 0.45", "maspo 0.9")],
+    ("maspo", "tuned"): [("maspo 0.9", "mappo")],
 }
 
 
-@pytest.mark.parametrize("name", ON_PAGES)
-def test_the_table_of_tuned_radii_on_an_algorithms_page(name):
+@pytest.mark.parametrize(("name", "part"), ON_PAGES)
+def test_the_table_on_an_algorithms_page(name, part):
     """Against the committed runs, without the code that writes the table."""
-    table = section(f"algorithms/{name}.md", "| with tuned radii |").split("<!-- end")[0].splitlines()
+    pairs = ON_PAGES[name, part]
+    table = section(f"algorithms/{name}.md", f"| {TITLES[part]} |").split("<!-- end")[0].splitlines()
     head, *lines = [line.strip("| ").split(" | ") for line in [table[0], *table[2:]]]
-    cells = {(cell.task, cell.label): cell for cell in statistics.cells(committed("tuned"), "return", None, [])}
+    cells = {(cell.task, cell.label): cell for cell in statistics.cells(committed(part), "return", None, [])}
     arms = [text.strip("`") for text in head if " − " not in text]
-    assert set(arms) == {arm for pair in ON_PAGES[name] for arm in pair}
-    assert head[len(arms) :] == [f"`{arm}` − `{other}`, 95 %" for arm, other in ON_PAGES[name]]
-    columns = [(task, score) for task in whole_tasks("tuned") for score in ("final", "area")]
+    assert set(arms) == {arm for pair in pairs for arm in pair}
+    assert head[len(arms) :] == [f"`{arm}` − `{other}`, 95 %" for arm, other in pairs]
+    columns = [(task, score) for task in whole_tasks(part) for score in ("final", "area")]
     for (task, score), (title, *texts) in zip(columns, lines, strict=True):
         assert title == f"{task.split('/')[1]}: {'last' if score == 'final' else score}"
         scores = [cells[task, arm].scores[score] for arm in arms]
         expected = [x for of in scores for x in (of.mean(), of.std())]
-        for arm, other in ON_PAGES[name]:
+        for arm, other in pairs:
             x, y = (cells[task, label].scores[score] for label in (arm, other))
             expected += [x.mean() - y.mean(), *ttest_ind(x, y, equal_var=False).confidence_interval(0.95)]
         found = [number for text in texts for number in re.findall(r"-?\d+\.\d+", text)]
