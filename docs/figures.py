@@ -124,14 +124,14 @@ CURVES = {
     "tuned_aggregate.svg": Curves("tuned", TUNED, [], **ALIKE),
     "mamujoco_curves.svg": Curves(
         "mamujoco",
-        ["mamujoco/halfcheetah_2x3", "mamujoco/ant_4x2"],
+        pages.whole_tasks("mamujoco"),
         ["mappo", "happo", "cliphappo", "hatrpo", "hatrpow", "hatrpog"],
         digits=0,
         settings="this package's defaults, the experiment mamujoco_small",
     ),
     "smax_curves.svg": Curves(
         "smax",
-        ["smax/3m", "smax/5m_vs_6m"],
+        pages.whole_tasks("smax"),
         ["mappo 0.95", "gpae plain", "gpae 4 dt", "gpae 4 none", "mars 0.95"],
         metric="win_rate",
         words="win rate",
