@@ -437,6 +437,8 @@ def draw_aggregate(curves: Curves) -> tuple[str, str]:
 
 def reported(curves: Curves, picture: str, table: str) -> tuple[str, list[dict[str, str]]]:
     """A picture and the rows of a table that the report makes of them."""
+    if not curves.tasks:
+        raise ValueError(f"No task is whole in {RESULTS / curves.part}: run the study's part {curves.part}.")
     asked = ["--tasks", *curves.tasks, "--metric", curves.metric, "--baseline", (curves.arms or ["mappo"])[0]]
     asked += ["--labels", *curves.arms] if curves.arms else []
     with TemporaryDirectory() as folder:

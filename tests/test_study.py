@@ -371,7 +371,12 @@ def test_what_is_not_there_is_not_in_the_tables(pages, made):
     lines = index.read_text().splitlines()
     index.write_text("\n".join(line for line in lines if "happo-seed1" not in line).replace("},\n]}", "}\n]}"))
     assert pages.whole_tasks("tuned") == []
-    assert pages.scores("tuned", "final") == "Not run yet."
+    asked = ["scores tuned final", "differences tuned final", "over_tasks tuned final", "kl tuned", "agents tuned"]
+    asked += [f"{kind} tuned happo - mappo" for kind in ("pairs", "page")]
+    assert {pages.made(pages.TABLES, words) for words in asked} == {"Not run yet."}
+    asked = ["mean tuned final mappo", "difference tuned final happo - mappo", "iqm tuned final mappo"]
+    asked += ["improvement tuned final happo", "variance tuned happo"]
+    assert {pages.made(pages.NUMBERS, words) for words in asked} == {"Not run yet."}
     assert rows_of(pages.state())[0] == ["`tuned`", "2", "1", "2", "4", "3", "none"]
     shutil.rmtree(pages.RESULTS / "tuned")
     pages.saved.cache_clear()
@@ -406,34 +411,42 @@ def test_the_tables_on_the_page_are_the_reports(part, tmp_path):
 
 
 @pytest.mark.slow  # 120 bootstraps
-@pytest.mark.parametrize(("part", "heading"), [("defaults", "### Defaults"), ("tuned", "### Tuned radii")])
-def test_the_tables_by_task_are_the_reports(part, heading, tmp_path):
-    """Arms by tasks, on the tasks on which all arms have all seeds; for tuned radii the aggregates over these too."""
+@pytest.mark.parametrize(
+    ("part", "heading", "baseline"),
+    [
+        ("defaults", "### Defaults", "mappo"),
+        ("tuned", "### Tuned radii", "mappo"),
+        ("equal_budgets", "### Equal budgets", "hatrpo"),
+    ],
+)
+def test_the_tables_by_task_are_the_reports(part, heading, baseline, tmp_path):
+    """Arms by tasks, on the tasks on which all arms have all seeds; but for defaults the aggregates over these too."""
     folder, page = ROOT / "docs" / "results" / part, section("results.md", heading)
     tasks = whole_tasks(part)
     command = [str(folder), *(["--tasks", *tasks] if len(tasks) < len(PLAN["parts"][part]["tasks"]) else [])]
-    command += ["--baseline", "mappo", "--out", str(tmp_path)]
+    command += ["--baseline", baseline, "--out", str(tmp_path)]
+    command += ["--bounds", str(folder.parent / "tuned" / "bounds.json")] if part == "equal_budgets" else []
     over = {}
-    for score in ("area", "final") if part == "tuned" else ("final",):
+    for score in ("final",) if part == "defaults" else ("area", "final"):
         report.main([*command, "--score", score])
         over[score] = {row["label"]: row for row in read(tmp_path / "aggregate.csv")}
     rows = {(row["task"], row["label"]): row for row in read(tmp_path / "report.csv")}
     digits = {task: 2 if max(largest(row) for row in rows.values() if row["task"] == task) > 1 else 3 for task in tasks}
-    printed = (tmp_path / "report.md").read_text().split("the difference from mappo")[1].split("Over tasks")[0]
+    printed = (tmp_path / "report.md").read_text().split(f"the difference from {baseline}")[1].split("Over tasks")[0]
     differences = {line.split(" | ")[0].strip("| "): line for line in map(squeezed, printed.splitlines())}
     (holm,) = [line for line in differences if line.startswith("With Holm")]
     assert holm in page
     arms = {label for _, label in rows}
-    assert len(arms) == 14
-    tables = [("final", "area")] if part == "defaults" else [("final",), ("area",)]
+    assert len(arms) == (3 if part == "equal_budgets" else 14)
+    tables = [("final",), ("area",)] if part == "tuned" else [("final", "area")]
     for arm in arms:
         for scores in tables:
             cells = [spread(rows[task, arm], score, digits[task]) for task in tasks for score in scores]
             assert f"| `{arm}` | {' | '.join(cells)} |" in page
-        if arm != "mappo":
+        if arm != baseline:
             assert differences[arm].count("(") == len(tasks)
             assert differences[arm].replace(arm, f"`{arm}`", 1) in page
-        if part == "tuned":
+        if part != "defaults":
             cells = [interval(over[score][arm], name) for score in ("final", "area") for name in ("iqm", "improvement")]
             assert squeezed(f"| `{arm}` | {' | '.join(cells)} |") in page
 

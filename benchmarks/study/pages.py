@@ -191,8 +191,6 @@ def scores(part: str, *names: str) -> str:
 def differences(part: str, score: str) -> str:
     """A row for each arm: of each task the difference from the first's mean; and which Holm's correction leaves."""
     tasks, labels = axes_of(part)
-    if not tasks:
-        return markdown([])
     baseline, name = baseline_of(part)
     found = statistics.differences(list(cells_of(part).values()), baseline, score)
     there = {(d.task, d.label): tables.difference(d, digits_of(part, d.task)) for d in found}
@@ -246,8 +244,6 @@ def aggregated(part: str, score: str) -> aggregates.Aggregates:
 def over_tasks(part: str, *names: str) -> str:
     """A row for each arm: over all tasks the interquartile mean and the probability of improvement over the first."""
     tasks, labels = axes_of(part)
-    if not tasks:
-        return markdown([])
     _, baseline = baseline_of(part)
     found = [aggregated(part, name) for name in names]
     what = ("interquartile mean", f"P(improvement over {baseline})")
@@ -442,8 +438,11 @@ NUMBERS: dict[str, Callable[..., str]] = {
 
 
 def made(kinds: dict[str, Callable[..., str]], words: str) -> str:
-    """What a comment's words ask for."""
+    """What a comment's words ask for, or that no task of the part is whole."""
     kind, *arguments = words.split()
+    part = next(iter(arguments), "")
+    if part in plan()["parts"] and kind != "runs" and not whole_tasks(part):
+        return markdown([])
     return kinds[kind](*arguments)
 
 
