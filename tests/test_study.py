@@ -452,12 +452,18 @@ def test_the_tables_by_task_are_the_reports(part, heading, baseline, tmp_path):
 
 
 #: The arms whose differences are on an algorithm's page, and from which; of each part the table's first word.
-TITLES = {"tuned": "with tuned radii", "equal_budgets": "equal budgets"}
+TITLES = {"tuned": "with tuned radii", "equal_budgets": "equal budgets", "equal_lambda": "equal λ"}
 ON_PAGES = {
     ("a2po", "tuned"): [("a2po 0.4", "mappo"), ("a2po 0.4", "happo 0.4")],
     ("cliphappo", "tuned"): [("cliphappo 0.4", "mappo"), ("cliphappo 0.4", "happo 0.4")],
     ("cliphatrpo", "tuned"): [("cliphatrpo", "mappo"), ("cliphatrpo", "hatrpo")],
     ("gpae", "tuned"): [("gpae", "mappo")],
+    ("gpae", "equal_lambda"): [
+        ("gpae plain 0.9", "mappo"),
+        ("gpae plain", "mappo 0.95"),
+        ("mappo 0.95", "mappo"),
+        ("gpae", "gpae plain"),
+    ],
     ("happo", "tuned"): [("happo 0.4", "mappo"), ("happo with gpae", "mappo"), ("sequential mars 0.45", "mappo")],
     ("hatrpo", "tuned"): [("hatrpo", "mappo"), ("hatrpo", "happo 0.4")],
     ("hatrpog", "tuned"): [("hatrpog 0.03", "mappo"), ("hatrpog 0.03", "hatrpo")],
