@@ -24,7 +24,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -181,8 +181,7 @@ def draw_gains() -> tuple[Figure, str]:
                 ax.plot(best.exp(), y, "o", color=color, markeredgecolor="white", markersize=size, zorder=3)
         top.set(title=f"advantage A = {sign:+.0f}".replace("-", "−"), ylim=(-5, 2))
         bottom.set(xlabel=r"ratio $r = \pi(a|o) / \pi_{old}(a|o)$", ylim=(-5, 8), xscale="log", xlim=(0.1, 4))
-        bottom.xaxis.set(major_locator=FixedLocator([0.1, 0.2, 0.5, 1, 2, 4]), minor_locator=NullLocator())
-        bottom.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        mark(bottom, [0.1, 0.2, 0.5, 1, 2, 4])
         for ax in (top, bottom):
             ax.axvline(1, color=GREY, linewidth=0.8, zorder=0)
         bottom.axhline(0, color=GREY, linewidth=0.8, zorder=0)
@@ -218,8 +217,7 @@ def draw_advantage_variance() -> tuple[Figure, str]:
         said[name] = ", ".join(f"{c:.3g} ({a:.3g} to {b:.3g}) at N = {n}" for n, (c, a, b) in values)
     ax.axhline(1, color=BLACK, linewidth=0.8, linestyle=":", label="bound of clip-HAPPO")
     ax.set(xscale="log", yscale="log", xlabel="number of agents N", ylabel="Var(w(M) A) / Var(A)")
-    ax.xaxis.set(major_locator=FixedLocator(agents), minor_locator=NullLocator())
-    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    mark(ax, agents)
     ax.legend(loc="upper left")
     mean = f"geometric mean and 95 % interval over seeds {' '.join(seeds)}"
     ax.set_title(f"Variance of the last agent's weighted advantages on vmas/dispersion:\n{mean}")
@@ -240,13 +238,13 @@ def draw_many_agents() -> tuple[Figure, str]:
         raise ValueError(
             f"No number of agents is whole in {RESULTS / part}: run benchmarks/study/run.py --parts {part}."
         )
-    agents = np.array([pages.agents_of(task) for task in tasks])
+    agents = [pages.agents_of(task) for task in tasks]
     figure = Figure(figsize=(8, 3.8))
     left, right = figure.subplots(1, 2)
     ends, factors = [], []
     looks = ((BLACK, "D-.", 0.94), (BLUE, "o-", 0.98), (RED, "s--", 1.02), (YELLOW, "^:", 1.06))
     for label, (color, style, shift) in zip(labels, looks, strict=True):
-        x = shift * agents
+        x = shift * np.array(agents)
         returns = np.array([cells[task, label].scores["final"] for task in tasks])  # [numbers of agents, seeds]
         look = {"fmt": style, "color": color, "capsize": 3, "markersize": 4, "label": label}
         plot_intervals(left, x, [pages.student(row) for row in returns], look)
@@ -260,8 +258,7 @@ def draw_many_agents() -> tuple[Figure, str]:
     right.set(ylabel="Var(w(M) A) / Var(A)", xscale="log")
     for ax in (left, right):
         ax.set_xlabel("number of agents N")
-        ax.xaxis.set(major_locator=FixedLocator(agents), minor_locator=NullLocator())
-        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        mark(ax, agents)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     seeds = len(cells[tasks[0], labels[0]].seeds)
     figure.suptitle(f"vmas/balance over the number of agents: mean and 95 % interval over {seeds} seeds")
@@ -273,6 +270,12 @@ def draw_many_agents() -> tuple[Figure, str]:
         f"{'; '.join(factors)}."
     )
     return figure, alt
+
+
+def mark(ax: Axes, places: Sequence[float]) -> None:
+    """Plain numbers at these places of a logarithmic axis, and no others."""
+    ax.xaxis.set(major_locator=FixedLocator(places), minor_locator=NullLocator())
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
 def plot_intervals(ax: Axes, x: np.ndarray, found: list[tuple[float, float, float]], look: dict) -> None:

@@ -49,6 +49,8 @@ METRICS = {"smax": "win_rate"}
 WEIGHTED = ("happo", "cliphappo")
 #: The baselines' names.
 NAMES = {"mappo": "MAPPO", "hatrpo": "HATRPO"}
+#: What stands at the head of a part's table on an algorithm's page.
+TITLES = {"tuned": "with tuned radii", "equal_budgets": "equal budgets", "equal_lambda": "equal λ"}
 WORDS = {"final": "last", "best": "best", "area": "area"}
 
 
@@ -215,7 +217,7 @@ def page(part: str, *words: str) -> str:
     named = pairs_of(part, words)
     shown = [label for label in labels if any(label in pair for pair in named)]
     head = [*(f"`{label}`" for label in shown), *(f"`{label}` − `{other}`, 95 %" for label, other in named)]
-    rows = [[{"tuned": "with tuned radii"}.get(part, part.replace("_", " ").replace("lambda", "λ")), *head]]
+    rows = [[TITLES[part], *head]]
     for task in tasks:
         for score in ("final", "area"):
             own = [mean(part, task, label, score) for label in shown]
@@ -297,13 +299,14 @@ def matched(part: str) -> str:
 def agents(part: str) -> str:
     """A row for each number of agents and arm: returns, and what the factor does to the variance of the advantages."""
     what = "Var(w(M) A) / Var(A): mean over the positions after the first, geometric over iterations and seeds"
-    rows = [["agents", "arm", "last", "area", "last, less MAPPO", "area, less MAPPO", f"{what}, 95 % interval"]]
+    baseline, name = baseline_of(part)
+    rows = [["agents", "arm", "last", "area", f"last, less {name}", f"area, less {name}", f"{what}, 95 % interval"]]
     for task, label in cells_of(part):
         own = [mean(part, task, label, score) for score in ("final", "area")]
         less = (
             ["", ""]
-            if label == "mappo"
-            else [difference(part, task, label, "mappo", score) for score in ("final", "area")]
+            if label == baseline
+            else [difference(part, task, label, baseline, score) for score in ("final", "area")]
         )
         ratio = variance(part, task, label) if label in WEIGHTED else ""
         rows.append([str(agents_of(task)), f"`{label}`", *own, *less, ratio])
