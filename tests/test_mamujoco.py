@@ -1,7 +1,9 @@
 """MaMuJoCo: the bare library step by step, padding, seeds, and the routes by which BenchMARL reaches it."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -581,6 +583,16 @@ def test_render():
         env.close()
     assert (picture.shape, picture.dtype) == ((480, 480, 3), np.uint8)
     assert picture.std() > 10
+
+
+def test_an_ant_that_does_not_move_is_paid_what_the_page_says(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "results.md").read_text()
+    (code,) = re.findall(r"```python\n(from gymnasium_robotics.*?)```", page, re.DOTALL)
+    exec(code, {})
+    returns = [int(line) for line in capsys.readouterr().out.split()]
+    ((low, high),) = re.findall(r"paid for being upright, (\d+)\s+to (\d+)", page)
+    assert len(returns) == 4
+    assert [min(returns), max(returns)] == pytest.approx([int(low), int(high)], abs=2)
 
 
 def test_closing_closes_the_library(monkeypatch):

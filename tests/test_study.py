@@ -256,6 +256,27 @@ def test_differences_are_from_the_first_of_the_rows(pages, made):
     assert pages.made(pages.NUMBERS, "improvement equal_budgets final hatrpow") == second[2]
 
 
+def test_a_difference_across_parts(pages, made):
+    """An arm with another radius in another part: the first part's less the second's."""
+    x, y = [0.5, 0.75, 1.75], [2.0, 3.0, 3.5]
+    tasks = ["vmas/balance", "vmas/sampling"]
+    made("equal_budgets", tasks, {"hatrpow": (y, {})})
+    plan = pages.plan()
+    made("tuned", tasks, {"hatrpow 0.03": (x, {}), "hatrpo": (x[::-1], {})})
+    pages.plan()["parts"] |= plan["parts"]
+    pages.plan()["arms"] |= plan["arms"]
+    words = pages.made(pages.NUMBERS, "across tuned equal_budgets area hatrpow - hatrpow")
+    x, y = np.array(x), np.array(y)
+    assert words == f"balance {welch(x / 2, y / 2)}, sampling {welch(x, y)}".replace("-", "−")
+
+
+def test_the_mean_over_the_last_evaluations(pages, made):
+    """Of the part's metric, whatever the order in which it was logged."""
+    wins = [{30: 0.75, 10: 0.0, 20: 0.25}, {30: 0.5, 10: 1.0, 20: 0.0}]
+    made("smax", ["smax/3m"], {"mappo 0.95": ([7.0, 7.0], {"win_rate": wins})})
+    assert pages.made(pages.NUMBERS, "late smax 2 mappo") == "3m 0.375 ± 0.125"  # 0.5 and 0.25
+
+
 def test_an_arm_is_named_without_its_radius_where_it_has_one_alone(pages, made):
     made(
         "tuned",
@@ -359,6 +380,17 @@ def test_a_variance_that_is_not_finite_is_named(variance, pages, made):
         pages.agents("many_agents")
 
 
+def test_a_variance_that_is_not_saved_is_named(pages, made):
+    made("many_agents", ["vmas/balance, n_agents=2"], {"happo": ([3.0, 5.0], {})})
+    with pytest.raises(ValueError, match=r"seed 0.*variance_position_0 not saved.*metrics"):
+        pages.agents("many_agents")
+
+
+def test_an_interval_needs_two_seeds(pages):
+    with pytest.raises(ValueError, match="two seeds"):
+        pages.student(np.array([1.0]))
+
+
 def test_numbers_in_tasks_are_in_order(pages, made):
     tasks = [f"vmas/balance, n_agents={n}" for n in (16, 2, 8)]
     made("many_agents", tasks, {"mappo": ([1.0, 2.0], {})})
@@ -408,6 +440,25 @@ def test_the_tables_on_the_page_are_the_reports(part, tmp_path):
             values = [f"{value} ± {spread}" for value, spread in zip(values, spreads, strict=True)]
         start = f"| `{row['task']}` | `{row['label']}` | {seeds} | {' | '.join(values)} |"
         assert any(line.startswith(start) for line in page), row
+
+
+def test_what_is_said_of_single_runs():
+    """On MaMuJoCo's Ant, and of the win rates on SMAX's harder map."""
+    page = squeezed((ROOT / "docs" / "results.md").read_text())
+    ant = {(run.label, run.seed): run.curves["return"] for run in committed("mamujoco") if "ant" in run.task}
+    curves = {key: [curve[at] for at in sorted(curve)] for key, curve in ant.items()}
+    (still, number, last, below) = re.findall(
+        r"upright, \d+ to (\d+) in .*? of the (\d+) runs MAPPO's seed 0 alone ends above that, at (\d+), and (\d+) end",
+        page,
+    )[0]
+    assert len(curves) == int(number)
+    assert {key: round(own[-1]) for key, own in curves.items() if own[-1] > int(still)} == {("mappo", 0): int(last)}
+    assert sum(own[-1] < own[0] for own in curves.values()) == int(below)
+    best = max(max(run.curves["win_rate"].values()) for run in committed("smax") if "5m_vs_6m" in run.task)
+    files = [f"{name}.md" for name in ("results", "claims", "algorithms/gpae", "algorithms/mars")]
+    said = [re.findall(r"wins more than ([\d.]+) %", squeezed((ROOT / "docs" / file).read_text())) for file in files]
+    assert all(said)
+    assert [float(number) for own in said for number in own] == pytest.approx([100 * best] * sum(map(len, said)))
 
 
 @pytest.mark.slow  # 120 bootstraps

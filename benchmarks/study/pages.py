@@ -14,6 +14,7 @@ that the plan says so of; without one it has the package's default.
 """
 
 import argparse
+import dataclasses
 import math
 import re
 from collections.abc import Callable
@@ -154,10 +155,11 @@ def mean(part: str, task: str, label: str, score: str) -> str:
     return tables.mean(cells_of(part)[task, label].scores[score], digits_of(part, task))
 
 
-def difference(part: str, task: str, label: str, other: str, score: str) -> str:
-    """Of the means, with Welch's 95 % interval."""
-    cells = [cells_of(part)[task, name] for name in (label, other)]
-    (found,) = statistics.differences(cells, other, score)
+def difference(part: str, task: str, label: str, other: str, score: str, other_part: str = "") -> str:
+    """Of the means, with Welch's 95 % interval; the other arm is of the same part, or of another."""
+    cells = cells_of(part)[task, label], cells_of(other_part or part)[task, other]
+    pair = [dataclasses.replace(cell, label=name) for cell, name in zip(cells, ("one", "other"), strict=True)]
+    (found,) = statistics.differences(pair, "other", score)
     return tables.difference(found, digits_of(part, task))
 
 
@@ -335,10 +337,13 @@ def log_variance(run: SavedRun, number: int) -> float:
     Logged are the mean over all positions and the first, whose M is 1.
 
     Raises:
-        ValueError: where one is not finite.
+        ValueError: where one is not logged, or not finite.
     """
     name = "train_agents_policy_advantage_variance"
-    everywhere, first = (np.array(list(run.curves[key].values())) for key in (name, f"{name}_position_0"))
+    keys = (name, f"{name}_position_0")
+    if missing := [key for key in keys if key not in run.curves]:
+        raise ValueError(f"{run.name}: {', '.join(missing)} not saved. Name it in the part's `metrics` in plan.yaml.")
+    everywhere, first = (np.array(list(run.curves[key].values())) for key in keys)
     log = float(np.log((number * everywhere - first) / (number - 1) / first).mean())
     if not math.isfinite(log):
         raise ValueError(f"{run.name}: a variance of its advantages is not finite, or 0.")
@@ -346,7 +351,11 @@ def log_variance(run: SavedRun, number: int) -> float:
 
 
 def student(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean over seeds and the ends of its 95 % interval, by Student's t, of values [seeds], two or more."""
+    """Mean over seeds and the ends of its 95 % interval, by Student's t, of values [seeds].
+
+    Raises:
+        ValueError: for fewer than two seeds.
+    """
     if len(values) < 2:
         raise ValueError("An interval over seeds needs two seeds or more.")
     half = student_t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
@@ -403,6 +412,24 @@ def mean_by_task(part: str, score: str, *words: str) -> str:
     return by_task(part, lambda task: mean(part, task, label, score))
 
 
+def late_by_task(part: str, number: str, *words: str) -> str:
+    """Of each task the mean over an arm's last evaluations, so many; mean ± standard deviation over seeds."""
+    label = label_of(part, " ".join(words))
+
+    def of_task(task: str) -> str:
+        _, values = cells_of(part)[task, label].common
+        return tables.mean(values[:, -int(number) :].mean(axis=1), digits_of(part, task))
+
+    return by_task(part, of_task)
+
+
+def across_by_task(part: str, other_part: str, score: str, *words: str) -> str:
+    """Of each task the difference of a pair ``a - b``, of which b is another part's."""
+    one, other = " ".join(words).split(" - ")
+    label, other_label = label_of(part, one), label_of(other_part, other)
+    return by_task(part, lambda task: difference(part, task, label, other_label, score, other_part))
+
+
 def variance_by_task(part: str, *words: str) -> str:
     """Of each number of agents what an arm's factor makes of the variance of the advantages."""
     label = label_of(part, " ".join(words))
@@ -434,6 +461,8 @@ TABLES: dict[str, Callable[..., str]] = {
 NUMBERS: dict[str, Callable[..., str]] = {
     "difference": difference_by_task,
     "mean": mean_by_task,
+    "late": late_by_task,
+    "across": across_by_task,
     "variance": variance_by_task,
     "iqm": iqm,
     "improvement": improvement,
