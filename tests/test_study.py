@@ -136,6 +136,8 @@ def test_the_pages_are_what_the_saved_runs_make_of_them(pages):
 def test_a_page_is_filled(pages, monkeypatch):
     monkeypatch.setitem(pages.TABLES, "words", lambda *words: "\n".join(words))
     monkeypatch.setitem(pages.NUMBERS, "words", lambda *words: "+".join(words))
+    monkeypatch.setattr(pages, "plan", lambda: {"parts": dict.fromkeys("ac13")})
+    monkeypatch.setattr(pages, "whole_tasks", lambda part: ["any"])
     text = """# A
 <!-- table: words a b -->
 <!-- end of table -->
@@ -185,17 +187,20 @@ def made(pages, tmp_path, monkeypatch):
         }
         monkeypatch.setattr(pages, "plan", lambda: plan)
         monkeypatch.setattr(pages, "RESULTS", tmp_path)
+        settings = {(run.task, run.arm, run.seed): list(run.settings) for run in study.planned(plan)}
         for label, (finals, curves) in values.items():
             for (seed, final), (scale, task) in itertools.product(enumerate(finals), enumerate(tasks, 1)):
                 own = {"return": {10: 0.0, 20: scale * final}} | {key: x[seed] for key, x in curves.items()}
                 run = SavedRun(task, "any", seed, [], own, frames=20, planned=20, label=label)
+                run.overrides = settings.get((task, label, seed), [])
                 compact.save([run], tmp_path / name)
 
     return make
 
 
 def rows_of(table):
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
 def welch(x, y, form=".2f"):
@@ -216,7 +221,16 @@ def test_tables_of_differences_and_kl(pages, made):
         "hatrpo": (z, {"kl": constant(0.001, 0.002, 0.003)}),
     }
     made("tuned", ["vmas/balance", "vmas/sampling"], runs)
-    assert rows_of(pages.made(pages.TABLES, "pairs tuned hatrpo - happo; mappo - hatrpo")) == [
+    table = pages.made(pages.TABLES, "pairs tuned hatrpo - happo; mappo - hatrpo")
+    p = 8 * ttest_ind(y, z, equal_var=False).pvalue  # four times, the least of eight: equal but for rounding
+    before, named = table.splitlines()[-1].split(" p is below 0.05 for ")
+    assert before == "With Holm's correction for these 8 differences"
+    assert sorted(re.findall(r"(\S.*?) \(p = (.*?)\)(?:, |\.$)", named)) == [
+        (f"mappo − hatrpo, {of}, on vmas/{task}", f"{p:.2g}")
+        for of in ("area", "last")
+        for task in ("balance", "sampling")
+    ]
+    assert rows_of(table) == [
         ["`hatrpo` − `happo 0.4`", "last", welch(z, x), welch(2 * z, 2 * x)],
         ["`hatrpo` − `happo 0.4`", "area", welch(z / 2, x / 2), welch(z, x)],
         ["`mappo` − `hatrpo`", "last", welch(y, z), welch(2 * y, 2 * z)],
@@ -413,6 +427,57 @@ def test_what_is_not_there_is_not_in_the_tables(pages, made):
     shutil.rmtree(pages.RESULTS / "tuned")
     pages.saved.cache_clear()
     assert rows_of(pages.state())[0] == ["`tuned`", "2", "1", "2", "4", "0", "none"]
+
+
+def test_runs_with_other_settings_than_the_plans_are_not_done(pages, made, monkeypatch):
+    made("tuned", ["vmas/balance"], {"mappo": ([1.0, 2.0], {}), "happo": ([3.0, 5.0], {})})
+    assert rows_of(pages.state())[0][5] == "4"
+    changed = pages.plan() | {"settings": ["experiment.lr=1"]}
+    monkeypatch.setattr(pages, "plan", lambda: changed)
+    pages.whole_tasks.cache_clear()
+    assert rows_of(pages.state())[0][5:] == ["0", "none"]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("mean tunde final mappo", "tunde is no part"),
+        ("maen tuned final mappo", "maen is none of .*mean"),
+        ("mean tuned fnal mappo", "fnal"),
+        ("mean tuned", "missing"),
+        ("mean tuned final hatrpo", "Name one of mappo, happo"),
+        ("difference tuned final happo - mappo", "two seeds or more"),
+    ],
+)
+def test_a_comment_that_asks_for_what_is_not_there_is_named(words, named, pages, made):
+    made("tuned", ["vmas/balance"], {"mappo": ([1.0], {}), "happo": ([3.0], {})})
+    with pytest.raises(ValueError, match=f"<!-- {words} -->: .*{named}"):
+        pages.made(pages.NUMBERS, words)
+
+
+def test_a_page_that_is_not_in_order_is_named(pages, made, tmp_path, monkeypatch):
+    made("tuned", ["vmas/balance"], {"mappo": ([1.0], {})})
+    (tmp_path / "docs" / "figures").mkdir(parents=True)
+    (tmp_path / "docs" / "figures" / "alt.yaml").write_text("{}")
+    (tmp_path / "docs" / "a.md").write_text("<!-- numbers: mean tunde final mappo --><!-- end -->")
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    monkeypatch.setattr(pages, "PAGES", [tmp_path / "docs" / "a.md"])
+    monkeypatch.setattr(sys, "argv", ["pages.py"])
+    with pytest.raises(ValueError, match=r"docs/a.md: <!-- mean tunde final mappo -->: tunde is no part"):
+        pages.main()
+
+
+def test_radii_of_equal_kl_that_are_not_one_for_each_are_refused(pages, made):
+    radii = {"mars": {"algorithm.epsilon": [0.2, 0.45]}, "maspo": {"algorithm.epsilon": [0.5]}}
+    made("matched", ["vmas/balance"], {"mars 0.2": ([1.0, 2.0], {})}, arms=[], radius=radii)
+    with pytest.raises(ValueError, match=r"maspo in plan\.yaml: give one radius for each of MARS's"):
+        pages.matched("matched")
+
+
+def test_an_arm_logs_its_kl_on_all_tasks_or_has_no_row(pages, made):
+    """A nan on one task is not hidden by a number on another."""
+    made("tuned", ["vmas/balance", "vmas/sampling"], {"happo": ([1.0, 2.0], {"kl": constant(math.nan, 0.1)})})
+    assert rows_of(pages.kl("tuned")) == []
 
 
 def test_a_run_that_cannot_be_compared_is_named(pages, made):

@@ -15,6 +15,7 @@ that the plan says so of; without one it has the package's default.
 
 import argparse
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -23,12 +24,12 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from run import PLAN, planned
+from run import PLAN, Run, planned
 from scipy.stats import t as student_t
 
 from benchmarl_trust.report import aggregates, compact, statistics, tables
 from benchmarl_trust.report.runs import Run as SavedRun
-from benchmarl_trust.report.statistics import Cell
+from benchmarl_trust.report.statistics import Cell, Difference
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -42,8 +43,9 @@ TABLE = re.compile(r"<!-- table: (.*?) -->\n(?:(?!.*<!--).*\n)*<!-- end of table
 NUMBER = re.compile(r"<!-- numbers: (.*?) -->(?:(?!<!--).)*<!-- end -->")
 PICTURE = re.compile(r"!\[(?:(?!!\[).)*?\]\(((?:docs/|\.\./)?figures/([\w.]+))\)")
 #: Of the rows: MAPPO, then who learns at once, in turns by gradient steps, and in turns by natural steps.
-ORDER = ["mappo", "ippo", "mars", "clip", "maspo", "log", "gpae", "happo", "cliphappo", "a2po", "happo with gpae"]
-ORDER += ["sequential mars", "hatrpo", "cliphatrpo", "hatrpow", "hatrpog"]
+ORDER = ["mappo", "ippo", "mars", "clip", "maspo", "log", "gpae", "gpae plain", "gpae 4 none", "gpae 4 dt"]
+ORDER += ["happo", "cliphappo", "a2po", "happo with gpae", "sequential mars"]
+ORDER += ["hatrpo", "cliphatrpo", "hatrpow", "hatrpog"]
 #: What is compared where it is not the return.
 METRICS = {"smax": "win_rate"}
 #: Whose factor weighs one advantage for all; A2PO's is another at each position, and orders them.
@@ -82,12 +84,17 @@ def in_order(task: str) -> list[str | int]:
     return [int(text) if text.isdigit() else text for text in re.split(r"(\d+)", task)]
 
 
+def missing(part: str) -> list[Run]:
+    """The part's runs that are not saved as they are planned."""
+    there = {(run.task, run.label, run.seed, tuple(run.overrides)) for run in saved(part) if run.finished}
+    own = [run for run in planned(plan()) if run.part == part]
+    return [run for run in own if (run.task, run.arm, run.seed, run.settings) not in there]
+
+
 @cache
 def whole_tasks(part: str) -> list[str]:
     """The tasks on which all runs of the part are saved, in order."""
-    missing = {(run.task, run.arm, run.seed) for run in planned(plan()) if run.part == part}
-    missing -= {(run.task, run.label, run.seed) for run in saved(part) if run.finished}
-    return sorted(set(plan()["parts"][part]["tasks"]) - {task for task, _, _ in missing}, key=in_order)
+    return sorted(set(plan()["parts"][part]["tasks"]) - {run.task for run in missing(part)}, key=in_order)
 
 
 @cache
@@ -155,12 +162,23 @@ def mean(part: str, task: str, label: str, score: str) -> str:
     return tables.mean(cells_of(part)[task, label].scores[score], digits_of(part, task))
 
 
-def difference(part: str, task: str, label: str, other: str, score: str, other_part: str = "") -> str:
-    """Of the means, with Welch's 95 % interval; the other arm is of the same part, or of another."""
+def compared(part: str, task: str, label: str, other: str, score: str, other_part: str = "") -> Difference:
+    """The difference of two arms' means by Welch's test; the other arm is of the same part, or of another.
+
+    Raises:
+        ValueError: for fewer than two seeds, or unequal frames.
+    """
     cells = cells_of(part)[task, label], cells_of(other_part or part)[task, other]
     pair = [dataclasses.replace(cell, label=name) for cell, name in zip(cells, ("one", "other"), strict=True)]
-    (found,) = statistics.differences(pair, "other", score)
-    return tables.difference(found, digits_of(part, task))
+    found = statistics.differences(pair, "other", score)
+    if not found:
+        raise ValueError(f"{task}: {label} and {other} need two seeds or more, and equal frames.")
+    return found[0]._replace(label=f"{label} − {other}, {WORDS[score]},")
+
+
+def difference(part: str, task: str, label: str, other: str, score: str, other_part: str = "") -> str:
+    """Of two arms' means, with its 95 % interval."""
+    return tables.difference(compared(part, task, label, other, score, other_part), digits_of(part, task))
 
 
 def short(task: str) -> str:
@@ -203,14 +221,18 @@ def differences(part: str, score: str) -> str:
 
 
 def pairs(part: str, *words: str) -> str:
-    """A row for each pair ``a - b``, divided by ``;``: of each task the difference of their last returns and areas."""
+    """A row for each pair ``a - b``, divided by ``;``: of each task the difference of their last returns and areas.
+
+    Below them is which of all these Holm's correction leaves.
+    """
     tasks = axes_of(part)[0]
-    rows = [
-        [f"`{label}` − `{other}`", WORDS[score], *(difference(part, task, label, other, score) for task in tasks)]
-        for label, other in pairs_of(part, words)
-        for score in ("final", "area")
-    ]
-    return markdown([["difference", "of", *map(short, tasks)], *rows])
+    rows, all_found = [], []
+    for (label, other), score in itertools.product(pairs_of(part, words), ("final", "area")):
+        found = [compared(part, task, label, other, score) for task in tasks]
+        texts = [tables.difference(d, digits_of(part, d.task)) for d in found]
+        rows.append([f"`{label}` − `{other}`", WORDS[score], *texts])
+        all_found += found
+    return f"{markdown([['difference', 'of', *map(short, tasks)], *rows])}\n\n{tables.significant(all_found)}"
 
 
 def page(part: str, *words: str) -> str:
@@ -268,7 +290,7 @@ def kl(part: str) -> str:
     """A row for each arm that logs its KL: of each task the mean over iterations, agents and seeds, in nats."""
     tasks, labels = axes_of(part)
     means = {label: [kl_of(cells_of(part)[task, label]) for task in tasks] for label in labels}
-    rows = [[f"`{label}`", *(f"{x:.2g}" for x in own)] for label, own in means.items() if not math.isnan(max(own))]
+    rows = [[f"`{label}`", *(f"{x:.2g}" for x in own)] for label, own in means.items() if not any(map(math.isnan, own))]
     return markdown([["KL per iteration, nats", *map(short, tasks)], *rows])
 
 
@@ -276,12 +298,19 @@ def matched(part: str) -> str:
     """A row for each arm of a part of equal KL, below the MARS whose KL its radius was read off for.
 
     The radii of an arm are in the order of MARS's, as ``choose.py matched`` prints them.
+
+    Raises:
+        ValueError: for an arm that has not one for each of MARS's.
     """
     tasks, _ = axes_of(part)
     rows = [
         ["MARS's ε", "arm", "KL per iteration", "KL / MARS's", "last", "area", "last, less MARS", "area, less MARS"]
     ]
     grids = {arm: next(iter(radius.values())) for arm, radius in plan()["parts"][part]["radius"].items()}
+    if unequal := [arm for arm, grid in grids.items() if len(grid) != len(grids["mars"])]:
+        raise ValueError(
+            f"{', '.join(unequal)} in plan.yaml: give one radius for each of MARS's, or leave the arm out."
+        )
     for task in tasks:
         for place, aim in enumerate(grids["mars"]):
             for arm in sorted(grids, key=ORDER.index):
@@ -369,11 +398,13 @@ def geometric(logs: np.ndarray) -> tuple[float, float, float]:
     return center, low, high
 
 
-def runs(part: str, digits: str) -> str:
+def runs(part: str) -> str:
     """A row for each task and arm of all that is there: final and best evaluation, area, and KL per iteration."""
     rows = [["task", "arm", "seeds", "last", "best", "area", "KL per iteration"]]
-    for (task, label), cell in cells_of(part, whole=False).items():
-        own = [tables.mean(cell.scores[name], int(digits)) for name in ("final", "best", "area")]
+    cells = cells_of(part, whole=False)
+    digits = tables.decimals(max(abs(cell.scores[name]).max() for cell in cells.values() for name in WORDS))
+    for (task, label), cell in cells.items():
+        own = [tables.mean(cell.scores[name], digits) for name in WORDS]
         value = kl_of(cell)
         rows.append(
             [f"`{task}`", f"`{label}`", str(len(cell.seeds)), *own, "" if math.isnan(value) else f"{value:.2g}"]
@@ -390,8 +421,9 @@ def state() -> str:
         arms, tasks, seeds = (len({getattr(run, name) for run in own}) for name in ("arm", "task", "seed"))
         whole = whole_tasks(part)
         on = "all" if len(whole) == tasks else ", ".join(map(short, whole)) or "none"
-        rows.append([f"`{part}`", *map(str, (arms, tasks, seeds, len(own), len(saved(part)))), on])
-    there = sum(len(saved(part)) for part in plan()["parts"])
+        done = len(own) - len(missing(part))
+        rows.append([f"`{part}`", *map(str, (arms, tasks, seeds, len(own), done)), on])
+    there = len(everything) - sum(len(missing(part)) for part in plan()["parts"])
     return markdown([*rows, ["together", "", "", "", str(len(everything)), str(there), ""]])
 
 
@@ -470,12 +502,23 @@ NUMBERS: dict[str, Callable[..., str]] = {
 
 
 def made(kinds: dict[str, Callable[..., str]], words: str) -> str:
-    """What a comment's words ask for, or that no task of the part is whole."""
+    """What a comment's words ask for, or that no task of the part is whole.
+
+    Raises:
+        ValueError: where they ask for what is not there; it names them.
+    """
     kind, *arguments = words.split()
-    part = next(iter(arguments), "")
-    if part in plan()["parts"] and kind != "runs" and not whole_tasks(part):
-        return markdown([])
-    return kinds[kind](*arguments)
+    part, parts = next(iter(arguments), ""), plan()["parts"]
+    try:
+        if kind not in kinds:
+            raise ValueError(f"{kind} is none of {', '.join(kinds)}.")
+        if arguments and part not in parts:
+            raise ValueError(f"{part} is no part of the plan, which has {', '.join(parts)}.")
+        if part in parts and kind != "runs" and not whole_tasks(part):
+            return markdown([])
+        return kinds[kind](*arguments)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"<!-- {words} -->: {error}") from error
 
 
 def filled(text: str, alts: dict[str, str]) -> str:
@@ -507,7 +550,10 @@ def main() -> None:
     alts = yaml.safe_load((ROOT / "docs" / "figures" / "alt.yaml").read_text())
     for file in PAGES:
         text = file.read_text()
-        now = filled(text, alts)
+        try:
+            now = filled(text, alts)
+        except ValueError as error:
+            raise ValueError(f"{file.relative_to(ROOT)}: {error}") from error
         if now != text:
             file.write_text(now)
             print(file.relative_to(ROOT))
