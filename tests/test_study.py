@@ -199,7 +199,7 @@ def made(pages, tmp_path, monkeypatch):
 
 
 def rows_of(table):
-    lines = [line for line in table.splitlines() if line.startswith("|")]
+    lines = [line for line in f"|{table}".splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
@@ -595,8 +595,8 @@ ON_PAGES = {
 def test_the_table_on_an_algorithms_page(name, part):
     """Against the committed runs, without the code that writes the table."""
     pairs = ON_PAGES[name, part]
-    table = section(f"algorithms/{name}.md", f"| {TITLES[part]} |").split("<!-- end")[0].splitlines()
-    head, *lines = [line.strip("| ").split(" | ") for line in [table[0], *table[2:]]]
+    table = section(f"algorithms/{name}.md", f"| {TITLES[part]} |").split("<!-- end")[0]
+    head, _, *lines = [line.strip("| ").split(" | ") for line in f"|{table}".splitlines() if line.startswith("|")]
     cells = {(cell.task, cell.label): cell for cell in statistics.cells(committed(part), "return", None, [])}
     arms = [text.strip("`") for text in head if " − " not in text]
     assert set(arms) == {arm for pair in pairs for arm in pair}
@@ -608,7 +608,15 @@ def test_the_table_on_an_algorithms_page(name, part):
         expected = [x for of in scores for x in (of.mean(), of.std())]
         for arm, other in pairs:
             x, y = (cells[task, label].scores[score] for label in (arm, other))
-            expected += [x.mean() - y.mean(), *ttest_ind(x, y, equal_var=False).confidence_interval(0.95)]
+            low, high = ttest_ind(x, y, equal_var=False).confidence_interval(0.95)
+            expected += [x.mean() - y.mean(), low, high]
+            (said,) = [
+                line for line in table.splitlines() if line.startswith(f"- `{arm}` is ") and f" `{other}` " in line
+            ]
+            above, _, below = said.partition("; below it on ")
+            there = [re.search(rf"\b{task.split('/')[1]} \((.*?)\)", side) for side in (above, below)]
+            word = "last" if score == "final" else score
+            assert [side is not None and word in side[1] for side in there] == [low > 0, high < 0], (said, task, word)
         found = [number for text in texts for number in re.findall(r"-?\d+\.\d+", text)]
         (decimals,) = {len(number.partition(".")[2]) for number in found}
         assert decimals in (2, 3)

@@ -236,7 +236,10 @@ def pairs(part: str, *words: str) -> str:
 
 
 def page(part: str, *words: str) -> str:
-    """For an algorithm's page, a row for each task and score: the arms of the pairs, and the pairs' differences."""
+    """For an algorithm's page, a row for each task and score: the arms of the pairs, and the pairs' differences.
+
+    Below them is where each pair is told apart.
+    """
     tasks, labels = axes_of(part)
     named = pairs_of(part, words)
     shown = [label for label in labels if any(label in pair for pair in named)]
@@ -247,7 +250,24 @@ def page(part: str, *words: str) -> str:
             own = [mean(part, task, label, score) for label in shown]
             own += [difference(part, task, label, other, score) for label, other in named]
             rows.append([f"{short(task)}: {WORDS[score]}", *own])
-    return markdown(rows)
+    told = "\n".join(f"- {told_apart(part, *pair)}" for pair in named)
+    return f"{markdown(rows)}\n\nWhere 0 is not in the interval, before a correction for their number:\n\n{told}"
+
+
+def told_apart(part: str, label: str, other: str) -> str:
+    """A sentence that says on which tasks 0 is not in the interval of a pair's difference, at the end or in area."""
+    sides: dict[str, dict[str, list[str]]] = {"above": {}, "below": {}}
+    for task, score in itertools.product(axes_of(part)[0], ("final", "area")):
+        found = compared(part, task, label, other, score)
+        if found.low > 0 or found.high < 0:
+            side = sides["above" if found.low > 0 else "below"]
+            side.setdefault(short(task), []).append(WORDS[score])
+    if not any(sides.values()):
+        return f"`{label}` is told apart from `{other}` on no task."
+    above, below = (
+        ", ".join(f"{task} ({' and '.join(names)})" for task, names in side.items()) for side in sides.values()
+    )
+    return f"`{label}` is above `{other}` on {above or 'no task'}; below it on {below or 'no task'}."
 
 
 @cache
