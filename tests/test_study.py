@@ -579,6 +579,8 @@ ON_PAGES = {
         ("gpae plain", "mappo 0.95"),
         ("mappo 0.95", "mappo"),
         ("gpae", "gpae plain"),
+        ("clip normalised 0.95", "mappo 0.95"),
+        ("gpae", "clip normalised 0.95"),
     ],
     ("happo", "tuned"): [("happo 0.4", "mappo"), ("happo with gpae", "mappo"), ("sequential mars 0.45", "mappo")],
     ("hatrpo", "tuned"): [("hatrpo", "mappo"), ("hatrpo", "happo 0.4")],

@@ -43,7 +43,8 @@ TABLE = re.compile(r"<!-- table: (.*?) -->\n(?:(?!.*<!--).*\n)*<!-- end of table
 NUMBER = re.compile(r"<!-- numbers: (.*?) -->(?:(?!<!--).)*<!-- end -->")
 PICTURE = re.compile(r"!\[(?:(?!!\[).)*?\]\(((?:docs/|\.\./)?figures/([\w.]+))\)")
 #: Of the rows: MAPPO, then who learns at once, in turns by gradient steps, and in turns by natural steps.
-ORDER = ["mappo", "ippo", "mars", "clip", "maspo", "log", "gpae", "gpae plain", "gpae 4 none", "gpae 4 dt"]
+ORDER = ["mappo", "clip normalised", "ippo", "mars", "clip", "maspo", "log"]
+ORDER += ["gpae", "gpae plain", "gpae 4 none", "gpae 4 dt"]
 ORDER += ["happo", "cliphappo", "a2po", "happo with gpae", "sequential mars"]
 ORDER += ["hatrpo", "cliphatrpo", "hatrpow", "hatrpog"]
 #: What is compared where it is not the return.
