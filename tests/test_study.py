@@ -282,6 +282,18 @@ def test_a_difference_across_parts(pages, made):
     words = pages.made(pages.NUMBERS, "across tuned equal_budgets area hatrpow - hatrpow")
     x, y = np.array(x), np.array(y)
     assert words == f"balance {welch(x / 2, y / 2)}, sampling {welch(x, y)}".replace("-", "−")
+    table = pages.made(pages.TABLES, "less tuned final equal_budgets hatrpow")
+    assert table.startswith("| last, less `hatrpow` | balance | sampling |")
+    assert rows_of(table) == [
+        ["`hatrpo`", welch(x[::-1], y), welch(2 * x, 2 * y)],
+        ["`hatrpow 0.03`", welch(x, y), welch(2 * x, 2 * y)],
+    ]
+    assert table.splitlines()[-1].startswith("With Holm's correction for these 4 differences")
+    (pages.RESULTS / "equal_budgets" / "runs.json").unlink()
+    pages.saved.cache_clear()
+    pages.whole_tasks.cache_clear()
+    with pytest.raises(ValueError, match="equal_budgets: hatrpow is not there"):
+        pages.made(pages.TABLES, "less tuned final equal_budgets hatrpow")
 
 
 def test_the_mean_over_the_last_evaluations(pages, made):
@@ -443,10 +455,11 @@ def test_runs_with_other_settings_than_the_plans_are_not_done(pages, made, monke
     [
         ("mean tunde final mappo", "tunde is no part"),
         ("maen tuned final mappo", "maen is none of .*mean"),
-        ("mean tuned fnal mappo", "fnal"),
+        ("mean tuned fnal mappo", "there is no 'fnal'. Scores are final, best, area"),
         ("mean tuned", "missing"),
         ("mean tuned final hatrpo", "Name one of mappo, happo"),
         ("difference tuned final happo - mappo", "two seeds or more"),
+        ("across tuned tunde final happo - mappo", "there is no 'tunde'. .*parts tuned"),
     ],
 )
 def test_a_comment_that_asks_for_what_is_not_there_is_named(words, named, pages, made):
@@ -474,10 +487,12 @@ def test_radii_of_equal_kl_that_are_not_one_for_each_are_refused(pages, made):
         pages.matched("matched")
 
 
-def test_an_arm_logs_its_kl_on_all_tasks_or_has_no_row(pages, made):
+def test_an_arm_logs_its_kl_on_all_tasks_or_has_no_row(pages, made, monkeypatch):
     """A nan on one task is not hidden by a number on another."""
-    made("tuned", ["vmas/balance", "vmas/sampling"], {"happo": ([1.0, 2.0], {"kl": constant(math.nan, 0.1)})})
-    assert rows_of(pages.kl("tuned")) == []
+    made("tuned", ["vmas/balance", "vmas/sampling"], {"happo": ([1.0, 2.0], {}), "mars": ([1.0, 2.0], {})})
+    known = {("vmas/balance", "happo"), ("vmas/balance", "mars"), ("vmas/sampling", "mars")}
+    monkeypatch.setattr(pages, "kl_of", lambda cell: 0.1 if (cell.task, cell.label) in known else math.nan)
+    assert rows_of(pages.kl("tuned")) == [["`mars`", "0.1", "0.1"]]
 
 
 def test_a_run_that_cannot_be_compared_is_named(pages, made):
@@ -520,10 +535,16 @@ def test_what_is_said_of_single_runs():
     assert {key: round(own[-1]) for key, own in curves.items() if own[-1] > int(still)} == {("mappo", 0): int(last)}
     assert sum(own[-1] < own[0] for own in curves.values()) == int(below)
     best = max(max(run.curves["win_rate"].values()) for run in committed("smax") if "5m_vs_6m" in run.task)
-    files = [f"{name}.md" for name in ("results", "claims", "algorithms/gpae", "algorithms/mars")]
+    files = [f"{name}.md" for name in ("results", "claims", "choosing", "algorithms/gpae", "algorithms/mars")]
     said = [re.findall(r"wins more than ([\d.]+) %", squeezed((ROOT / "docs" / file).read_text())) for file in files]
     assert all(said)
     assert [float(number) for own in said for number in own] == pytest.approx([100 * best] * sum(map(len, said)))
+    cells = [cell for cell in statistics.cells(committed("smax"), "return", None, []) if "5m_vs_6m" in cell.task]
+    found = {d.label: d for d in statistics.differences(cells, "mappo 0.95", "final") if d.low > 0}
+    assert set(found) == {"mars 0.95", "gpae plain"}
+    expected = [f"{d.value:.3f} ({d.low:.3f} to {d.high:.3f})" for d in (found["mars 0.95"], found["gpae plain"])]
+    assert f"MARS and, just so, GPAE end above MAPPO (0.638): {' and '.join(expected)}" in page
+    assert squeezed((ROOT / "docs" / "claims.md").read_text()).count(f"MARS {expected[0]}, GPAE {expected[1]}") == 1
 
 
 @pytest.mark.slow  # 120 bootstraps

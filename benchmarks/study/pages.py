@@ -45,8 +45,8 @@ PICTURE = re.compile(r"!\[(?:(?!!\[).)*?\]\(((?:docs/|\.\./)?figures/([\w.]+))\)
 #: Of the rows: MAPPO, then who learns at once, in turns by gradient steps, and in turns by natural steps.
 ORDER = ["mappo", "clip normalised", "ippo", "mars", "clip", "maspo", "log"]
 ORDER += ["gpae", "gpae plain", "gpae 4 none", "gpae 4 dt"]
-ORDER += ["happo", "cliphappo", "a2po", "happo with gpae", "sequential mars"]
-ORDER += ["hatrpo", "cliphatrpo", "hatrpow", "hatrpog"]
+ORDER += ["happo", "happo normalised", "cliphappo", "a2po", "happo with gpae", "sequential mars"]
+ORDER += ["hatrpo", "hatrpo normalised", "cliphatrpo", "hatrpow", "hatrpog"]
 #: What is compared where it is not the return.
 METRICS = {"smax": "win_rate"}
 #: Whose factor weighs one advantage for all; A2PO's is another at each position, and orders them.
@@ -120,6 +120,11 @@ def cells_of(part: str, whole: bool = True) -> dict[tuple[str, str], Cell]:
     return {(cell.task, cell.label): cell for cell in sorted(found, key=place)}
 
 
+def both(part: str, other_part: str) -> list[str]:
+    """The tasks that are whole in two parts."""
+    return [task for task in axes_of(part)[0] if task in whole_tasks(other_part)]
+
+
 def axes_of(part: str) -> tuple[list[str], list[str]]:
     """The tasks and the labels of the cells."""
     keys = list(cells_of(part))
@@ -174,7 +179,7 @@ def compared(part: str, task: str, label: str, other: str, score: str, other_par
     found = statistics.differences(pair, "other", score)
     if not found:
         raise ValueError(f"{task}: {label} and {other} need two seeds or more, and equal frames.")
-    return found[0]._replace(label=f"{label} − {other}, {WORDS[score]},")
+    return found[0]._replace(label=label)
 
 
 def difference(part: str, task: str, label: str, other: str, score: str, other_part: str = "") -> str:
@@ -221,6 +226,18 @@ def differences(part: str, score: str) -> str:
     return f"{markdown([[f'{WORDS[score]}, less {name}', *map(short, tasks)], *rows])}\n\n{tables.significant(found)}"
 
 
+def less(part: str, score: str, other_part: str, *words: str) -> str:
+    """A row for each arm: of each task the difference from an arm of another part; which Holm's correction leaves."""
+    tasks, other = both(part, other_part), label_of(other_part, " ".join(words))
+    rows, all_found = [], []
+    for label in axes_of(part)[1]:
+        found = [compared(part, task, label, other, score, other_part) for task in tasks]
+        rows.append([f"`{label}`", *(tables.difference(d, digits_of(part, d.task)) for d in found)])
+        all_found += found
+    table = markdown([[f"{WORDS[score]}, less `{other}`", *map(short, tasks)], *rows])
+    return f"{table}\n\n{tables.significant(all_found)}"
+
+
 def pairs(part: str, *words: str) -> str:
     """A row for each pair ``a - b``, divided by ``;``: of each task the difference of their last returns and areas.
 
@@ -232,7 +249,7 @@ def pairs(part: str, *words: str) -> str:
         found = [compared(part, task, label, other, score) for task in tasks]
         texts = [tables.difference(d, digits_of(part, d.task)) for d in found]
         rows.append([f"`{label}` − `{other}`", WORDS[score], *texts])
-        all_found += found
+        all_found += [d._replace(label=f"{label} − {other}, {WORDS[score]},") for d in found]
     return f"{markdown([['difference', 'of', *map(short, tasks)], *rows])}\n\n{tables.significant(all_found)}"
 
 
@@ -391,8 +408,8 @@ def log_variance(run: SavedRun, number: int) -> float:
     """
     name = "train_agents_policy_advantage_variance"
     keys = (name, f"{name}_position_0")
-    if missing := [key for key in keys if key not in run.curves]:
-        raise ValueError(f"{run.name}: {', '.join(missing)} not saved. Name it in the part's `metrics` in plan.yaml.")
+    if absent := [key for key in keys if key not in run.curves]:
+        raise ValueError(f"{run.name}: {', '.join(absent)} not saved. Name it in the part's `metrics` in plan.yaml.")
     everywhere, first = (np.array(list(run.curves[key].values())) for key in keys)
     log = float(np.log((number * everywhere - first) / (number - 1) / first).mean())
     if not math.isfinite(log):
@@ -436,7 +453,7 @@ def runs(part: str) -> str:
 def state() -> str:
     """A row for each part of the plan: how many of its runs are saved, and on which tasks all are."""
     rows = [["part", "arms", "tasks", "seeds", "runs", "done", "whole on"]]
-    everything = planned(plan())
+    everything, there = planned(plan()), 0
     for part in plan()["parts"]:
         own = [run for run in everything if run.part == part]
         arms, tasks, seeds = (len({getattr(run, name) for run in own}) for name in ("arm", "task", "seed"))
@@ -444,25 +461,25 @@ def state() -> str:
         on = "all" if len(whole) == tasks else ", ".join(map(short, whole)) or "none"
         done = len(own) - len(missing(part))
         rows.append([f"`{part}`", *map(str, (arms, tasks, seeds, len(own), done)), on])
-    there = len(everything) - sum(len(missing(part)) for part in plan()["parts"])
+        there += done
     return markdown([*rows, ["together", "", "", "", str(len(everything)), str(there), ""]])
 
 
-def by_task(part: str, of_task: Callable[[str], str]) -> str:
+def by_task(tasks: list[str], of_task: Callable[[str], str]) -> str:
     """For a sentence."""
-    return ", ".join(f"{short(task)} {re.sub(r'-(?=[0-9])', '−', of_task(task))}" for task in axes_of(part)[0])
+    return ", ".join(f"{short(task)} {re.sub(r'-(?=[0-9])', '−', of_task(task))}" for task in tasks)
 
 
 def difference_by_task(part: str, score: str, *words: str) -> str:
     """Of each task the difference of a pair ``a - b``."""
     ((label, other),) = pairs_of(part, words)
-    return by_task(part, lambda task: difference(part, task, label, other, score))
+    return by_task(axes_of(part)[0], lambda task: difference(part, task, label, other, score))
 
 
 def mean_by_task(part: str, score: str, *words: str) -> str:
     """Of each task an arm's mean ± standard deviation."""
     label = label_of(part, " ".join(words))
-    return by_task(part, lambda task: mean(part, task, label, score))
+    return by_task(axes_of(part)[0], lambda task: mean(part, task, label, score))
 
 
 def late_by_task(part: str, number: str, *words: str) -> str:
@@ -473,20 +490,21 @@ def late_by_task(part: str, number: str, *words: str) -> str:
         _, values = cells_of(part)[task, label].common
         return tables.mean(values[:, -int(number) :].mean(axis=1), digits_of(part, task))
 
-    return by_task(part, of_task)
+    return by_task(axes_of(part)[0], of_task)
 
 
 def across_by_task(part: str, other_part: str, score: str, *words: str) -> str:
     """Of each task the difference of a pair ``a - b``, of which b is another part's."""
     one, other = " ".join(words).split(" - ")
     label, other_label = label_of(part, one), label_of(other_part, other)
-    return by_task(part, lambda task: difference(part, task, label, other_label, score, other_part))
+    tasks = both(part, other_part)
+    return by_task(tasks, lambda task: difference(part, task, label, other_label, score, other_part))
 
 
 def variance_by_task(part: str, *words: str) -> str:
     """Of each number of agents what an arm's factor makes of the variance of the advantages."""
     label = label_of(part, " ".join(words))
-    return by_task(part, lambda task: variance(part, task, label))
+    return by_task(axes_of(part)[0], lambda task: variance(part, task, label))
 
 
 def iqm(part: str, score: str, *words: str) -> str:
@@ -503,6 +521,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "scores": scores,
     "differences": differences,
     "pairs": pairs,
+    "less": less,
     "page": page,
     "over_tasks": over_tasks,
     "kl": kl,
@@ -538,7 +557,10 @@ def made(kinds: dict[str, Callable[..., str]], words: str) -> str:
         if part in parts and kind != "runs" and not whole_tasks(part):
             return markdown([])
         return kinds[kind](*arguments)
-    except (KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
+        known = f"Scores are {', '.join(WORDS)}, parts {', '.join(parts)}."
+        raise ValueError(f"<!-- {words} -->: there is no {error}. {known}") from error
+    except (TypeError, ValueError) as error:
         raise ValueError(f"<!-- {words} -->: {error}") from error
 
 
