@@ -131,16 +131,28 @@ def axes_of(part: str) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(task for task, _ in keys)), list(dict.fromkeys(label for _, label in keys))
 
 
+def check(part: str) -> None:
+    """Name the parts that there are.
+
+    Raises:
+        ValueError: where it is none of the plan's.
+    """
+    if part not in plan()["parts"]:
+        raise ValueError(f"{part} is no part of the plan, which has {', '.join(plan()['parts'])}.")
+
+
 def label_of(part: str, name: str) -> str:
     """The label that is named, with its radius or without.
 
     Raises:
         ValueError: where there is none, or more than one.
     """
+    check(part)
     labels = axes_of(part)[1]
     found = [label for label in labels if label == name] or [label for label in labels if arm_of(label) == name]
     if len(found) != 1:
-        raise ValueError(f"{part}: {name} is {' or '.join(found) or 'not there'}. Name one of {', '.join(labels)}.")
+        one_of = f"Name one of {', '.join(labels)}." if labels else "No task is whole."
+        raise ValueError(f"{part}: {name} is {' or '.join(found) or 'not there'}. {one_of}")
     return found[0]
 
 
@@ -228,7 +240,7 @@ def differences(part: str, score: str) -> str:
 
 def less(part: str, score: str, other_part: str, *words: str) -> str:
     """A row for each arm: of each task the difference from an arm of another part; which Holm's correction leaves."""
-    tasks, other = both(part, other_part), label_of(other_part, " ".join(words))
+    other, tasks = label_of(other_part, " ".join(words)), both(part, other_part)
     rows, all_found = [], []
     for label in axes_of(part)[1]:
         found = [compared(part, task, label, other, score, other_part) for task in tasks]
@@ -548,18 +560,16 @@ def made(kinds: dict[str, Callable[..., str]], words: str) -> str:
         ValueError: where they ask for what is not there; it names them.
     """
     kind, *arguments = words.split()
-    part, parts = next(iter(arguments), ""), plan()["parts"]
     try:
         if kind not in kinds:
             raise ValueError(f"{kind} is none of {', '.join(kinds)}.")
-        if arguments and part not in parts:
-            raise ValueError(f"{part} is no part of the plan, which has {', '.join(parts)}.")
-        if part in parts and kind != "runs" and not whole_tasks(part):
-            return markdown([])
+        for part in arguments[:1]:
+            check(part)
+            if kind != "runs" and not whole_tasks(part):
+                return markdown([])
         return kinds[kind](*arguments)
     except KeyError as error:
-        known = f"Scores are {', '.join(WORDS)}, parts {', '.join(parts)}."
-        raise ValueError(f"<!-- {words} -->: there is no {error}. {known}") from error
+        raise ValueError(f"<!-- {words} -->: there is no {error}. Scores are {', '.join(WORDS)}.") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"<!-- {words} -->: {error}") from error
 
