@@ -23,7 +23,7 @@ from rliable import metrics
 from scipy.stats import ttest_ind
 
 from benchmarl_trust.report import __main__ as command
-from benchmarl_trust.report import aggregates, compact, pictures, statistics
+from benchmarl_trust.report import aggregates, compact, pictures, statistics, tables
 from benchmarl_trust.report.folders import read_folders
 from benchmarl_trust.report.runs import ReportError, read_rows
 
@@ -294,6 +294,13 @@ def test_holms_correction():
             left -= 1
         assert {i for i in range(7) if corrected[i] <= level} == rejected
     assert statistics.holm(np.array([math.nan])).shape == (1,)
+
+
+@pytest.mark.parametrize(("p", "text"), [(0.02492, "0.0498"), (0.0251, "none; the least is a on t (p = 0.0502)")])
+def test_a_p_near_the_level_is_on_its_side(p, text):
+    """Rounded to two digits both would be 0.05."""
+    found = [statistics.Difference("t", label, 1.0, 0.0, 2.0, value) for label, value in (("a", p), ("b", 0.9))]
+    assert text in tables.significant(found)
 
 
 def test_what_is_left_after_the_correction_is_said(tmp_path, report):

@@ -274,11 +274,16 @@ def test_a_difference_across_parts(pages, made):
     """An arm with another radius in another part: the first part's less the second's."""
     x, y = [0.5, 0.75, 1.75], [2.0, 3.0, 3.5]
     tasks = ["vmas/balance", "vmas/sampling"]
-    made("equal_budgets", tasks, {"hatrpow": (y, {})})
-    plan = pages.plan()
-    made("tuned", tasks, {"hatrpow 0.03": (x, {}), "hatrpo": (x[::-1], {})})
-    pages.plan()["parts"] |= plan["parts"]
-    pages.plan()["arms"] |= plan["arms"]
+    plans = []
+    for name, own, arms in (
+        ("equal_budgets", tasks, {"hatrpow": (y, {})}),
+        ("other", ["vmas/wheel"], {"hatrpow": (y, {})}),
+        ("tuned", [*tasks, "vmas/transport"], {"hatrpow 0.03": (x, {}), "hatrpo": (x[::-1], {})}),
+    ):
+        made(name, own, arms)
+        plans.append(pages.plan())
+    for plan, key in itertools.product(plans, ("parts", "arms")):
+        pages.plan()[key] |= plan[key]
     words = pages.made(pages.NUMBERS, "across tuned equal_budgets area hatrpow - hatrpow")
     x, y = np.array(x), np.array(y)
     assert words == f"balance {welch(x / 2, y / 2)}, sampling {welch(x, y)}".replace("-", "−")
@@ -289,6 +294,8 @@ def test_a_difference_across_parts(pages, made):
         ["`hatrpow 0.03`", welch(x, y), welch(2 * x, 2 * y)],
     ]
     assert table.splitlines()[-1].startswith("With Holm's correction for these 4 differences")
+    with pytest.raises(ValueError, match="tuned and other have no whole task in common"):
+        pages.made(pages.TABLES, "less tuned final other hatrpow")
     (pages.RESULTS / "equal_budgets" / "runs.json").unlink()
     for cached in (pages.saved, pages.whole_tasks, pages.cells_of):
         cached.cache_clear()
@@ -455,7 +462,10 @@ def test_runs_with_other_settings_than_the_plans_are_not_done(pages, made, monke
     [
         ("mean tunde final mappo", "tunde is no part"),
         ("maen tuned final mappo", "maen is none of .*mean"),
-        ("mean tuned fnal mappo", "there is no 'fnal'. Scores are final, best, area"),
+        ("mean tuned fnal mappo", "fnal is no score; there are final, best, area"),
+        ("difference tuned fnal happo - mappo", "fnal is no score"),
+        ("late tuned 0 mappo", "0 of mappo's evaluations on vmas/balance: it has 2"),
+        ("late tuned 3 mappo", "it has 2"),
         ("mean tuned", "missing"),
         ("mean tuned final hatrpo", "Name one of mappo, happo"),
         ("difference tuned final happo - mappo", "two seeds or more"),

@@ -121,8 +121,15 @@ def cells_of(part: str, whole: bool = True) -> dict[tuple[str, str], Cell]:
 
 
 def both(part: str, other_part: str) -> list[str]:
-    """The tasks that are whole in two parts."""
-    return [task for task in axes_of(part)[0] if task in whole_tasks(other_part)]
+    """The tasks that are whole in two parts.
+
+    Raises:
+        ValueError: where there are none.
+    """
+    tasks = [task for task in axes_of(part)[0] if task in whole_tasks(other_part)]
+    if not tasks:
+        raise ValueError(f"{part} and {other_part} have no whole task in common.")
+    return tasks
 
 
 def axes_of(part: str) -> tuple[list[str], list[str]]:
@@ -132,13 +139,23 @@ def axes_of(part: str) -> tuple[list[str], list[str]]:
 
 
 def check(part: str) -> None:
-    """Name the parts that there are.
+    """Refuse a part that the plan does not have.
 
     Raises:
-        ValueError: where it is none of the plan's.
+        ValueError: which names those that there are.
     """
     if part not in plan()["parts"]:
         raise ValueError(f"{part} is no part of the plan, which has {', '.join(plan()['parts'])}.")
+
+
+def check_score(score: str) -> None:
+    """Refuse a score that there is not.
+
+    Raises:
+        ValueError: which names those that there are.
+    """
+    if score not in WORDS:
+        raise ValueError(f"{score} is no score; there are {', '.join(WORDS)}.")
 
 
 def label_of(part: str, name: str) -> str:
@@ -177,6 +194,7 @@ def digits_of(part: str, task: str) -> int:
 
 def mean(part: str, task: str, label: str, score: str) -> str:
     """Mean ± standard deviation over seeds."""
+    check_score(score)
     return tables.mean(cells_of(part)[task, label].scores[score], digits_of(part, task))
 
 
@@ -186,6 +204,7 @@ def compared(part: str, task: str, label: str, other: str, score: str, other_par
     Raises:
         ValueError: for fewer than two seeds, or unequal frames.
     """
+    check_score(score)
     cells = cells_of(part)[task, label], cells_of(other_part or part)[task, other]
     pair = [dataclasses.replace(cell, label=name) for cell, name in zip(cells, ("one", "other"), strict=True)]
     found = statistics.differences(pair, "other", score)
@@ -500,6 +519,8 @@ def late_by_task(part: str, number: str, *words: str) -> str:
 
     def of_task(task: str) -> str:
         _, values = cells_of(part)[task, label].common
+        if not 0 < int(number) <= values.shape[1]:
+            raise ValueError(f"{number} of {label}'s evaluations on {task}: it has {values.shape[1]}.")
         return tables.mean(values[:, -int(number) :].mean(axis=1), digits_of(part, task))
 
     return by_task(axes_of(part)[0], of_task)
@@ -569,7 +590,7 @@ def made(kinds: dict[str, Callable[..., str]], words: str) -> str:
                 return markdown([])
         return kinds[kind](*arguments)
     except KeyError as error:
-        raise ValueError(f"<!-- {words} -->: there is no {error}. Scores are {', '.join(WORDS)}.") from error
+        raise ValueError(f"<!-- {words} -->: there is no {error}.") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"<!-- {words} -->: {error}") from error
 

@@ -57,10 +57,21 @@ def significant(found: list[Difference], level: float = 0.05) -> str:
     corrected = sorted(((p, d) for p, d in corrected if math.isfinite(p)), key=lambda pair: (pair[0], pair[1].p))
     if len(found) < 2 or not corrected:
         return ""
-    named = [f"{d.label} on {d.task} (p = {p:.2g})" for p, d in corrected]
+    named = [f"{d.label} on {d.task} (p = {rounded(p, level)})" for p, d in corrected]
     left = [name for name, (p, _) in zip(named, corrected, strict=True) if p < level]
     words = ", ".join(left) if left else f"none; the least is {named[0]}"
     return f"With Holm's correction for these {len(found)} differences p is below {level:g} for {words}."
+
+
+def rounded(p: float, level: float) -> str:
+    """Two digits, or as many as show on which side of the level it is.
+
+    Examples:
+        >>> rounded(0.0231, 0.05), rounded(0.04987, 0.05), rounded(0.049996, 0.05)
+        ('0.023', '0.0499', '0.049996')
+    """
+    texts = (f"{p:.{digits}g}" for digits in range(2, 18))
+    return next(text for text in texts if (float(text) < level) == (p < level))
 
 
 def table(rows: Sequence[Sequence[str]], left: int) -> str:
