@@ -296,7 +296,7 @@ def test_holms_correction():
     assert statistics.holm(np.array([math.nan])).shape == (1,)
 
 
-@pytest.mark.parametrize(("p", "text"), [(0.02492, "0.0498"), (0.0251, "none; the least is a on t (p = 0.0502)")])
+@pytest.mark.parametrize(("p", "text"), [(0.02492, "0.0498"), (0.0251, "none; the least is a on t (p = 0.05)")])
 def test_a_p_near_the_level_is_on_its_side(p, text):
     """Rounded to two digits both would be 0.05."""
     found = [statistics.Difference("t", label, 1.0, 0.0, 2.0, value) for label, value in (("a", p), ("b", 0.9))]
