@@ -557,6 +557,22 @@ def test_what_is_said_of_single_runs():
     assert squeezed((ROOT / "docs" / "claims.md").read_text()).count(f"MARS {expected[0]}, GPAE {expected[1]}") == 1
 
 
+def test_what_is_said_of_normalisation_and_advantage():
+    """On reverse_transport, in the words of equal λ."""
+    page = squeezed((ROOT / "docs" / "results.md").read_text())
+    number = r"(−?[\d.]+)"
+    (said,) = re.findall(
+        rf"adds {number} to GPAE and {number} to MAPPO, the advantage {number} with normalisation and {number} without",
+        page,
+    )
+    cells = statistics.cells(committed("equal_lambda"), "return", None, [])
+    mean = {cell.label: cell.scores["final"].mean() for cell in cells if cell.task == "vmas/reverse_transport"}
+    both, mappo = "clip normalised 0.95", "mappo 0.95"
+    pairs = [("gpae", "gpae plain"), (both, mappo), ("gpae", both), ("gpae plain", mappo)]
+    expected = [mean[one] - mean[other] for one, other in pairs]
+    assert [float(text.rstrip(".").replace("−", "-")) for text in said] == pytest.approx(expected, abs=0.00501)
+
+
 @pytest.mark.slow  # 120 bootstraps
 @pytest.mark.parametrize(
     ("part", "heading", "baseline"),
