@@ -249,23 +249,27 @@ def scores(part: str, *names: str) -> str:
 
 def differences(part: str, score: str) -> str:
     """A row for each arm: of each task the difference from the first's mean; and which Holm's correction leaves."""
-    tasks, labels = axes_of(part)
     baseline, name = baseline_of(part)
-    found = statistics.differences(list(cells_of(part).values()), baseline, score)
-    there = {(d.task, d.label): tables.difference(d, digits_of(part, d.task)) for d in found}
-    rows = [[f"`{label}`", *(there[task, label] for task in tasks)] for label in labels if label != baseline]
-    return f"{markdown([[f'{WORDS[score]}, less {name}', *map(short, tasks)], *rows])}\n\n{tables.significant(found)}"
+    return less_than(part, score, baseline, name, part)
 
 
 def less(part: str, score: str, other_part: str, *words: str) -> str:
-    """A row for each arm: of each task the difference from an arm of another part; which Holm's correction leaves."""
-    other, tasks = label_of(other_part, " ".join(words)), both(part, other_part)
+    """The same from an arm of another part, on the tasks of both."""
+    other = label_of(other_part, " ".join(words))
+    return less_than(part, score, other, f"`{other}`", other_part)
+
+
+def less_than(part: str, score: str, other: str, name: str, other_part: str) -> str:
+    """The table of the arms' differences from one arm, which it calls by its name."""
+    tasks, labels = both(part, other_part), axes_of(part)[1]
     rows, all_found = [], []
-    for label in axes_of(part)[1]:
+    for label in labels:
+        if (part, label) == (other_part, other):
+            continue
         found = [compared(part, task, label, other, score, other_part) for task in tasks]
         rows.append([f"`{label}`", *(tables.difference(d, digits_of(part, d.task)) for d in found)])
         all_found += found
-    table = markdown([[f"{WORDS[score]}, less `{other}`", *map(short, tasks)], *rows])
+    table = markdown([[f"{WORDS[score]}, less {name}", *map(short, tasks)], *rows])
     return f"{table}\n\n{tables.significant(all_found)}"
 
 
